@@ -1,0 +1,21 @@
+"""mpvg_kernels: fused kernels that make a vision transformer's position embedding cost nothing, and MPVG models on them."""
+
+__version__ = "0.1.0"
+
+from .backends import BackendUnavailableError, available_backends, show_config, use_backend
+from .functional import PELayerNormOutput, pe_layer_norm, pe_norm_pool
+from .modules import FusedAddLayerNorm, FusedAddPELayerNorm, FusedPELayerNorm, FusedPELayerNormPool
+
+__all__ = [
+    "BackendUnavailableError",
+    "FusedAddLayerNorm",
+    "FusedAddPELayerNorm",
+    "FusedPELayerNorm",
+    "FusedPELayerNormPool",
+    "PELayerNormOutput",
+    "available_backends",
+    "pe_layer_norm",
+    "pe_norm_pool",
+    "show_config",
+    "use_backend",
+]

@@ -1,0 +1,164 @@
+"""Which kernels there are on this machine, why others are not, and which one a call gets.
+
+`auto` (the default) takes the first backend that runs on the tensor's device and falls back to `reference` in silence; a
+backend asked for by name either runs or raises an error that says what is missing. The environment variable MPVG_BACKEND
+sets the default.
+"""
+
+import difflib
+import functools
+import importlib.util
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+BACKENDS = ("reference", "cpp", "triton", "cuda")
+
+# What `auto` tries, by device type; a device that is not listed gets `reference`.
+_AUTO = {"cuda": ("cuda", "triton"), "cpu": ("cpp",)}
+
+
+class BackendUnavailableError(RuntimeError):
+    """A backend was asked for by name that cannot run here; the message says why and what would bring it."""
+
+
+class Status(NamedTuple):
+    """Whether a backend can run: the device types it serves (none: it can't) and the reason in words."""
+
+    devices: tuple[str, ...]
+    reason: str
+
+
+@functools.cache
+def status(backend: str) -> Status:
+    """The state of one kernel backend on this machine, probed once in a process."""
+    return {"reference": _probe_reference, "cpp": _probe_cpp, "triton": _probe_triton, "cuda": _probe_cuda}[backend]()
+
+
+def _probe_reference() -> Status:
+    return Status(("any",), "plain PyTorch formula")
+
+
+def _probe_cpp() -> Status:
+    found = sorted(Path(__file__).parent.glob("_cpu*.so")) + sorted(Path(__file__).parent.glob("_cpu*.pyd"))
+    if not found:
+        return Status(
+            (), "the CPU extension is not built; install a C++ compiler and reinstall with MPVG_BUILD=cpu to build it"
+        )
+    try:
+        torch.ops.load_library(found[0])
+    except OSError as error:
+        return Status((), f"{found[0].name} does not load ({error}); reinstall with MPVG_BUILD=cpu to rebuild it")
+    return Status(("cpu",), f"C++ kernels, {torch.ops.mpvg.cpu_isa()}")
+
+
+def _probe_triton() -> Status:
+    if importlib.util.find_spec("triton") is None:
+        return Status((), "Triton is not installed; `pip install triton` brings it on Linux")
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if not interpreted and not torch.cuda.is_available():
+        return Status((), "no CUDA GPU is visible; TRITON_INTERPRET=1 runs the kernels on the CPU, slowly, for tests")
+    try:
+        from . import triton_ops  # noqa: F401  (importing registers the kernels)
+    except ImportError as error:
+        return Status((), f"Triton does not import ({error}); reinstall the triton that your torch asks for")
+    if interpreted:
+        return Status(("cpu", "cuda"), "Triton kernels in Triton's interpreter (slow; for tests)")
+    return Status(("cuda",), "Triton kernels")
+
+
+def _probe_cuda() -> Status:
+    return Status((), "the CUDA C++ kernels are not part of this version")
+
+
+_requested: str = os.environ.get("MPVG_BACKEND", "auto")
+
+
+def _check_name(name: str) -> str:
+    choices = ("auto", *BACKENDS)
+    if name not in choices:
+        near = difflib.get_close_matches(str(name), choices, 1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"unknown backend {name!r}: expected one of {', '.join(choices)}{hint}")
+    return name
+
+
+class use_backend:
+    """Choose the backend of the calls that follow: a setter, and a context manager that puts the old choice back.
+
+        use_backend("triton")                   # from here on
+        with use_backend("reference"): ...      # only inside
+
+    Args:
+        name: "auto", "reference", "cpp", "triton" or "cuda".
+
+    Raises:
+        ValueError: the name is unknown.
+        BackendUnavailableError: the backend can't run on this machine.
+    """
+
+    def __init__(self, name: str):
+        global _requested
+        self.name = _check_name(name)
+        if name != "auto" and not status(name).devices:
+            raise BackendUnavailableError(f"backend {name!r} is not available: {status(name).reason}")
+        self._previous, _requested = _requested, name
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        global _requested
+        _requested = self._previous
+
+
+def available_backends(device: str | torch.device | None = None) -> tuple[str, ...]:
+    """The backends that run here, `reference` first; with `device` only those that run on that type of device."""
+    device_type = None if device is None else torch.device(device).type
+    return tuple(b for b in BACKENDS if _runs(b, device_type))
+
+
+def _runs(backend: str, device_type: str | None) -> bool:
+    devices = status(backend).devices
+    return bool(devices) if device_type is None else device_type in devices or "any" in devices
+
+
+def requested() -> str:
+    """The name last given to `use_backend`, else MPVG_BACKEND, else "auto"."""
+    return _requested
+
+
+def resolve(device_type: str) -> str:
+    """The backend of a call on this type of device."""
+    return _resolve(_requested, device_type)
+
+
+@torch.compiler.assume_constant_result
+def _resolve(requested: str, device_type: str) -> str:
+    """A constant of compiled code: Dynamo guards on the arguments, so on `_requested`, and never traces the probing."""
+    return _choose(requested, device_type)
+
+
+@functools.cache
+def _choose(requested: str, device_type: str) -> str:
+    if _check_name(requested) == "auto":
+        return next((b for b in _AUTO.get(device_type, ()) if _runs(b, device_type)), "reference")
+    if not _runs(requested, device_type):
+        devices, reason = status(requested)
+        why = f"it runs on {' and '.join(devices)} tensors only" if devices else reason
+        raise BackendUnavailableError(f"backend {requested!r} can't run on a {device_type} tensor: {why}")
+    return requested
+
+
+def show_config() -> None:
+    """Print what is there, what is not and why, and what `auto` picks on each type of device."""
+    from . import __version__
+
+    print(f"mpvg_kernels {__version__}, torch {torch.__version__}, backend requested: {_requested}")
+    for backend in BACKENDS:
+        devices, reason = status(backend)
+        print(f"  {backend:<10}{'yes' if devices else 'no':<5}{reason}")
+    for device_type in _AUTO:
+        print(f"  auto on {device_type}: {_choose('auto', device_type)}")

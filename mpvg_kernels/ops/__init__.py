@@ -1,0 +1,5 @@
+"""The operators: for each, its schema, its fakes, the plain formula and the autograd Function around the raw operators."""
+
+from . import pe_layer_norm, pe_norm_pool
+
+__all__ = ["pe_layer_norm", "pe_norm_pool"]

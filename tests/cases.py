@@ -1,0 +1,155 @@
+"""Random cases for the operators, the plain formula written out, and the accuracy rule that every backend is held to."""
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import mpvg_kernels as mk
+
+TENSORS = ("x", "branch", "weight", "bias", "pos", "pos_weight", "pos_bias")
+
+
+@dataclass
+class Case:
+    """One call of an operator: its shape, dtypes, flags, and which inputs need a gradient."""
+
+    B: int = 3
+    N: int = 5
+    D: int = 16
+    dtype: torch.dtype = torch.float32
+    branch_dtype: torch.dtype | None = None
+    param_dtype: torch.dtype = torch.float32
+    out_dtype: torch.dtype | None = None
+    pos: bool = True
+    bias: bool = True
+    scale: bool = False
+    num_prefix_tokens: int = 0
+    pos_batched: bool = False
+    offset: float = 0.0
+    eps: float = 1e-6
+    pos_eps: float | None = None
+    seed: int = 0
+    needs: frozenset = frozenset(TENSORS)
+    outputs: frozenset = frozenset({"y", "stream", "pos"})
+    device: str = "cpu"
+    options: dict = field(init=False)
+
+    def __post_init__(self):
+        self.options = dict(eps=self.eps, pos_eps=self.pos_eps, num_prefix_tokens=self.num_prefix_tokens)
+
+    def inputs(self) -> dict[str, Tensor | None]:
+        """The tensors of the call, in the case's dtypes, as leaves that need their gradients."""
+        g = torch.Generator().manual_seed(self.seed)
+
+        def rand(*shape, dtype, scale=1.0, shift=0.0):
+            return (torch.randn(*shape, generator=g, dtype=torch.float64) * scale + shift).to(dtype).to(self.device)
+
+        B, N, D, K = self.B, self.N, self.D, self.N - self.num_prefix_tokens
+        pos_shape = (1, K, D) if self.pos_batched else (K, D)
+        t = dict(
+            x=rand(B, N, D, dtype=self.dtype, scale=2.0, shift=self.offset),
+            branch=rand(B, N, D, dtype=self.branch_dtype, shift=0.3) if self.branch_dtype else None,
+            weight=rand(D, dtype=self.param_dtype, scale=0.3, shift=1.0),
+            bias=rand(D, dtype=self.param_dtype) if self.bias else None,
+            pos=rand(*pos_shape, dtype=self.param_dtype, scale=0.5) if self.pos else None,
+            pos_weight=rand(D, dtype=self.param_dtype, scale=0.3, shift=1.0) if self.pos else None,
+            pos_bias=rand(D, dtype=self.param_dtype) if self.pos and self.bias else None,
+        )
+        for name, tensor in t.items():
+            if tensor is not None and name in self.needs:
+                tensor.requires_grad_()
+        scale = None
+        if self.scale:
+            scale = (torch.randint(0, 2, (B,), generator=g) / 0.7).to(self.branch_dtype).to(self.device)
+        return t | {"branch_scale": scale}
+
+
+def plain(op: str, t: dict, case: Case, dtype: torch.dtype | None = None):
+    """The plain PyTorch formula, in the inputs' dtypes or wholly in `dtype`: {"y", "stream", "pos"} or {"out"}."""
+    if dtype is not None:
+        t = {k: None if v is None else v.detach().to(dtype).requires_grad_(v.requires_grad) for k, v in t.items()}
+    k, D = case.num_prefix_tokens, case.D
+
+    def norm(v, w, b, eps):
+        wide = torch.promote_types(v.dtype, w.dtype)
+        return F.layer_norm(v.to(wide), (D,), w.to(wide), None if b is None else b.to(wide), eps)
+
+    h = t["x"]
+    if t["branch"] is not None:
+        s = 1 if t["branch_scale"] is None else t["branch_scale"][:, None, None]
+        h = h + t["branch"] * s
+    y = norm(h, t["weight"], t["bias"], case.eps)
+    p = None
+    if t["pos"] is not None:
+        pos_eps = case.eps if case.pos_eps is None else case.pos_eps
+        p = norm(t["pos"], t["pos_weight"], t["pos_bias"], pos_eps)
+        y = torch.cat((y[:, :k], y[:, k:] + p), 1)
+    out_dtype = dtype or case.out_dtype or h.dtype
+    outputs = dict(out=y[:, k:].mean(1).to(out_dtype)) if op == "pool" else dict(y=y.to(out_dtype), stream=h, pos=p)
+    if p is not None and "pos" in outputs:
+        outputs["pos"] = p.to(t["pos"].dtype)
+    return outputs, t
+
+
+def fused(op: str, t: dict, case: Case):
+    """The same through the public function."""
+    args = [t[n] for n in ("x", "weight", "bias", "pos", "pos_weight", "pos_bias")]
+    kwargs = dict(branch=t["branch"], branch_scale=t["branch_scale"], out_dtype=case.out_dtype, **case.options)
+    if op == "pool":
+        return dict(out=mk.pe_norm_pool(*args, **kwargs)), t
+    return mk.pe_layer_norm(*args, **kwargs)._asdict(), t
+
+
+def gradients(outputs: dict, t: dict, upstream: dict) -> dict[str, Tensor]:
+    """The gradient of sum(output * upstream) in each input that needs one."""
+    pairs = [(outputs[n], u.to(outputs[n].dtype)) for n, u in upstream.items() if outputs[n].requires_grad]
+    names = [n for n in TENSORS if t[n] is not None and t[n].requires_grad]
+    if not pairs or not names:
+        return {}
+    grads = torch.autograd.grad([p[0] for p in pairs], [t[n] for n in names], [p[1] for p in pairs], allow_unused=True)
+    return dict(zip(names, grads, strict=True))
+
+
+def assert_accurate(name: str, got: Tensor, plain: Tensor, exact: Tensor) -> None:
+    """The accuracy rule: ||err|| <= 1.25 ||err of the plain formula|| + eps(dtype) ||exact||."""
+    assert got.dtype == plain.dtype and got.shape == plain.shape, f"{name}: {got.dtype} {got.shape}"
+    exact = exact.double()
+    if got.dtype == torch.float64:  # nothing more exact to compare with: a few roundings apart
+        torch.testing.assert_close(got, exact, rtol=1e-12, atol=1e-13 * float(exact.norm()), msg=lambda m: f"{name}: {m}")
+        return
+    bound = 1.25 * (plain.double() - exact).norm() + torch.finfo(got.dtype).eps * exact.norm()
+    error = (got.double() - exact).norm()
+    assert error <= bound, f"{name}: error {error:.3e} above {bound:.3e} (norm {exact.norm():.3e})"
+
+
+def check(op: str, case: Case, t: dict | None = None) -> None:
+    """Run a case and hold every output and gradient to the accuracy rule, against the formula in fp64."""
+    t = t or case.inputs()
+    plain_out, plain_t = plain(op, t, case)
+    exact_out, exact_t = plain(op, t, case, torch.float64)
+    fused_out, _ = fused(op, t, case)
+    names = [n for n in fused_out if fused_out[n] is not None]
+    assert names == [n for n in plain_out if plain_out[n] is not None]
+    for n in names:
+        assert_accurate(n, fused_out[n], plain_out[n], exact_out[n])
+        assert fused_out[n].is_contiguous() or fused_out[n] is t["x"] or n == "stream"
+        assert fused_out[n].requires_grad == plain_out[n].requires_grad, n
+
+    g = torch.Generator().manual_seed(case.seed + 1)
+    upstream = {}
+    for n in names:
+        if n in case.outputs or op == "pool":
+            u = torch.randn(fused_out[n].shape, generator=g).to(fused_out[n])
+            upstream[n] = u
+    got = gradients(fused_out, t, upstream)
+    want = gradients(plain_out, plain_t, upstream)
+    exact = gradients(exact_out, exact_t, upstream)
+    for n in want:
+        if want[n] is None:
+            assert got[n] is None or not got[n].any(), f"d{n} should be absent"
+            continue
+        assert got[n] is not None, f"d{n} is missing"
+        assert got[n].dtype == t[n].dtype and got[n].shape == t[n].shape
+        assert_accurate(f"d{n}", got[n], want[n], exact[n])

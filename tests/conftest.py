@@ -1,0 +1,35 @@
+"""Sets up every test run: Triton's interpreter where there is no GPU, and the backends and devices to test on."""
+
+import os
+
+import torch
+
+HAS_GPU = torch.cuda.is_available()
+# Before anything imports Triton: without a GPU its kernels run on the CPU, interpreted.
+if not HAS_GPU:
+    os.environ["TRITON_INTERPRET"] = "1"
+
+import pytest  # noqa: E402
+
+import mpvg_kernels as mk  # noqa: E402
+from mpvg_kernels import backends  # noqa: E402
+
+
+@pytest.fixture(params=backends.BACKENDS)
+def backend(request):
+    """Each backend in turn, chosen for the length of the test; skipped with its reason where it can't run."""
+    if request.param not in mk.available_backends():
+        pytest.skip(f"{request.param}: {backends.status(request.param).reason}")
+    with mk.use_backend(request.param):
+        yield request.param
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def device(backend):
+    """Where the backend's tensors are: a GPU for the GPU kernels when there is one."""
+    return "cuda" if HAS_GPU and backend in ("triton", "cuda") else "cpu"

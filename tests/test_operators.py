@@ -1,0 +1,417 @@
+"""Every backend against the plain formula in fp64, by the accuracy rule: outputs, gradients, layouts, containment, repeatability."""
+
+import itertools
+
+import pytest
+import torch
+from cases import TENSORS, Case, check, fused, gradients
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch.autograd import gradcheck
+
+import mpvg_kernels as mk
+
+F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
+OPS = ("norm", "pool")
+
+# Shapes: smallest, odd widths, one past a vector, a prime, ViT widths, a wide row, more tokens than a tile.
+SHAPES = [(1, 1, 1), (2, 3, 7), (3, 5, 17), (2, 1, 33), (5, 19, 48), (2, 4, 192), (1, 3, 384), (2, 2, 1280), (17, 2, 20)]
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_shapes(op, shape, backend, device):
+    check(op, Case(*shape, branch_dtype=F32, scale=True, device=device))
+
+
+# (x, branch, parameters, output)
+DTYPES = [
+    (F32, None, F32, None),
+    (BF16, None, BF16, None),
+    (F16, None, F16, None),
+    (BF16, None, F32, None),
+    (F32, BF16, F32, BF16),
+    (F32, F16, F32, F16),
+    (BF16, F32, BF16, None),
+    (BF16, F16, F32, F32),
+    (F16, F16, F16, BF16),
+    (F64, None, F64, None),
+    (F64, F64, F64, None),
+]
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("dtypes", DTYPES, ids=lambda d: "-".join(str(x).split(".")[-1] for x in d))
+def test_dtypes(op, dtypes, backend, device):
+    x, branch, param, out = dtypes
+    if x == F64 and backend in ("triton", "cuda"):
+        with pytest.raises(TypeError, match="float64"):
+            fused(op, Case(dtype=F64, param_dtype=F64, device=device).inputs(), Case())
+        return
+    check(op, Case(4, 6, 40, x, branch, param, out, scale=branch is not None, device=device))
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("pos", (False, True))
+@pytest.mark.parametrize("bias", (False, True))
+@pytest.mark.parametrize("branch,scale", [(None, False), (F32, False), (F32, True)])
+@pytest.mark.parametrize("prefix", (0, 2))
+def test_flags(op, pos, bias, branch, scale, prefix, backend, device):
+    check(op, Case(3, 6, 24, F32, branch, pos=pos, bias=bias, scale=scale, num_prefix_tokens=prefix, device=device))
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("size", (0, 1))
+@pytest.mark.parametrize("pos", (False, True))
+def test_empty_and_single_batch(op, size, pos, backend, device):
+    case = Case(size, 4, 12, branch_dtype=F32, pos=pos, device=device)
+    if size:
+        check(op, case)
+        return
+    t = case.inputs()
+    out, _ = fused(op, t, case)
+    upstream = {n: torch.ones_like(v) for n, v in out.items() if v is not None}
+    grads = gradients(out, t, upstream)
+    assert all(v.shape == (0, 12) if op == "pool" else v.shape == (0, 4, 12) for v in list(out.values())[:1])
+    assert not grads["weight"].any() and not grads["bias"].any()
+    if pos and op == "norm":  # pos' still has its own gradient
+        assert torch.equal(grads["pos_bias"], torch.full((12,), 4.0, device=device))
+
+
+def test_all_prefix(backend, device):
+    """N = num_prefix_tokens: no row has a PE; the pool has nothing to pool."""
+    case = Case(2, 3, 8, num_prefix_tokens=3, device=device)
+    check("norm", case)
+    with pytest.raises(ValueError, match="no token to pool"):
+        fused("pool", case.inputs(), case)
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("subset", [*itertools.combinations(TENSORS, 1), ("x", "pos"), ("weight", "bias"), ("branch", "pos_bias")])
+def test_partial_gradients(op, subset, backend, device):
+    check(op, Case(3, 4, 12, branch_dtype=F32, scale=True, needs=frozenset(subset), device=device))
+
+
+@pytest.mark.parametrize("outputs", [("y",), ("stream",), ("pos",), ("stream", "pos"), ("y", "stream")])
+@pytest.mark.parametrize("branch", (None, F32))
+def test_partial_outputs(outputs, branch, backend, device):
+    check("norm", Case(3, 4, 12, branch_dtype=branch, outputs=frozenset(outputs), device=device))
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("offset", (1e2, 1e4))
+def test_common_offset(op, offset, backend, device):
+    check(op, Case(3, 8, 96, offset=offset, device=device))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_outliers_and_flat_rows(op, backend, device):
+    case = Case(2, 6, 64, device=device)
+    t = case.inputs()
+    with torch.no_grad():
+        t["x"][0, 0, 3] = 1e4  # one outlier among ordinary values, as first element too
+        t["x"][0, 1, 0] = -1e4
+        t["x"][0, 2] = 3.0  # no variance at all
+        t["x"][1, 3] *= 1e-6  # a variance below eps
+        t["x"][1, 4] *= 1e15
+    check(op, case, t)
+
+
+LAYOUTS = {
+    "cropped rows": lambda x: torch.cat((x, x), 2)[:, :, : x.shape[2]],
+    "cropped tokens": lambda x: torch.cat((x, x), 1)[:, 1 : 1 + x.shape[1]],
+    "tokens first": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
+    "channels first": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+    "unaligned": lambda x: torch.cat((x.new_zeros(1), x.flatten()))[1:].view(x.shape),
+    "expanded batch": lambda x: x[:1].expand(x.shape),
+    "expanded tokens": lambda x: x[:, :1].expand(x.shape),
+}
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(op, layout, backend, device):
+    case = Case(3, 4, 20, branch_dtype=F32, scale=True, device=device)
+    t = case.inputs()
+    for n in ("x", "branch"):
+        t[n] = LAYOUTS[layout](t[n].detach()).requires_grad_()
+    for n in ("weight", "pos_bias"):
+        t[n] = torch.stack((t[n], t[n]), 1).detach()[:, 0].requires_grad_()
+    t["pos"] = t["pos"].detach().t().contiguous().t().requires_grad_()
+    check(op, case, t)
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("layout", [*LAYOUTS, "expanded scalar"])
+def test_gradient_layouts(op, layout, backend, device):
+    """Gradients arrive in any layout: of `.sum()` expanded, of a transpose transposed."""
+    case = Case(3, 4, 20, branch_dtype=F32, device=device)
+    t = case.inputs()
+    out, _ = fused(op, t, case)
+    base = {n: torch.randn_like(v) for n, v in out.items()}
+    relay = {}
+    for n, u in base.items():
+        u3 = u if u.dim() == 3 else u[None]
+        u3 = u3.new_ones(()).expand(u3.shape) if layout == "expanded scalar" else LAYOUTS[layout](u3)
+        relay[n] = u3 if u.dim() == 3 else u3[0]
+    got = gradients(out, t, relay)
+    want = gradients(fused(op, t, case)[0], t, {n: u.contiguous() for n, u in relay.items()})
+    for n in want:
+        assert torch.equal(got[n], want[n]), n
+
+
+def test_more_token_axes(backend, device):
+    """(B, H, W, D) with p (H, W, D), as Swin has it, equals the flattened call."""
+    case = Case(2, 12, 16, branch_dtype=F32, device=device)
+    t = case.inputs()
+    flat = fused("norm", t, case)[0]
+    for shape in ((3, 4, 16), (1, 3, 4, 16)):
+        deep = t | {n: t[n].view(2, 3, 4, 16) for n in ("x", "branch")} | {"pos": t["pos"].view(shape)}
+        out = fused("norm", deep, case)[0]
+        assert out["y"].shape == out["stream"].shape == (2, 3, 4, 16) and out["pos"].shape == shape
+        assert all(torch.equal(out[n].flatten(), flat[n].flatten()) for n in out)
+        assert torch.equal(fused("pool", deep, case)[0]["out"], fused("pool", t, case)[0]["out"])
+    check("norm", Case(2, 4, 8, pos_batched=True, device=device))
+    check("pool", Case(2, 4, 8, pos_batched=True, device=device))
+
+
+def test_plain_x_is_the_stream(backend, device):
+    """Without a branch the stream holds x's own memory, and its gradient joins x's."""
+    case = Case(2, 3, 8, device=device)
+    t = case.inputs()
+    out = fused("norm", t, case)[0]
+    assert out["stream"].data_ptr() == t["x"].data_ptr()
+    (out["y"].sum() + (3 * out["stream"]).sum()).backward()
+    assert t["x"].grad is not None
+
+
+@pytest.mark.parametrize("bad", (float("nan"), float("inf")))
+def test_non_finite_values_stay_in_their_row(bad, backend, device):
+    case = Case(4, 5, 24, branch_dtype=F32, device=device)
+    t = case.inputs()
+    clean = {op: fused(op, t, case)[0] for op in OPS}
+    with torch.no_grad():
+        t["x"][1, 2, 7] = bad
+    y, out = fused("norm", t, case)[0]["y"], fused("pool", t, case)[0]["out"]
+    rows = torch.ones(4, 5, dtype=torch.bool, device=device)
+    rows[1, 2] = False
+    assert torch.equal(y[rows], clean["norm"]["y"][rows]) and y[1, 2].isnan().all()
+    samples = torch.arange(4, device=device) != 1
+    assert torch.equal(out[samples], clean["pool"]["out"][samples]) and out[1].isnan().all()
+    for op, keep in (("norm", rows), ("pool", samples)):
+        result = fused(op, t, case)[0]
+        (dx,) = torch.autograd.grad(next(iter(result.values())).sum(), t["x"])
+        assert dx[keep].isfinite().all() and dx[1, 2].isnan().any()
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_bitwise_repeatable(op, backend, device):
+    """The same bits in each run and for any number of threads."""
+    case = Case(9, 37, 48, BF16, BF16, scale=True, device=device)
+    t = case.inputs()
+    runs, threads = [], torch.get_num_threads()
+    try:
+        for n in (1, 2, 3, 1) if backend == "cpp" else (threads, threads):
+            torch.set_num_threads(n)
+            out = fused(op, t, case)[0]
+            runs.append([*out.values(), *gradients(out, t, {k: torch.ones_like(v) for k, v in out.items()}).values()])
+    finally:
+        torch.set_num_threads(threads)
+    for run in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(runs[0], run, strict=True))
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("branch", (None, F64))
+@pytest.mark.parametrize("prefix", (0, 1))
+def test_gradcheck(op, branch, prefix, backend, device):
+    if backend in ("triton", "cuda"):
+        pytest.skip(f"{backend} has no float64")
+    case = Case(2, 3, 5, F64, branch, F64, scale=branch is not None, num_prefix_tokens=prefix, device=device)
+    t = case.inputs()
+    names = [n for n in TENSORS if t[n] is not None]
+
+    def call(*tensors):
+        return tuple(v for v in fused(op, t | dict(zip(names, tensors, strict=True)), case)[0].values())
+
+    assert gradcheck(call, [t[n] for n in names])
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_double_backward(op, backend, device):
+    """`reference` differentiates twice; the kernels say that they don't, also where allow_unused would hide it."""
+    case = Case(2, 3, 8, device=device)
+    t = case.inputs()
+    loss = (next(iter(fused(op, t, case)[0].values())) ** 2).sum()
+    (dx,) = torch.autograd.grad(loss, t["x"], create_graph=True)
+    if backend == "reference":
+        assert torch.autograd.grad(dx.sum(), t["weight"])[0].isfinite().all()
+        return
+    want = torch.autograd.grad((next(iter(fused(op, t, case)[0].values())) ** 2).sum(), t["x"])[0]
+    assert torch.equal(dx, want)
+    with pytest.raises(RuntimeError, match="double backward is not supported.*use_backend"):
+        torch.autograd.grad(dx.sum(), t["weight"], allow_unused=True)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_functorch_is_refused(op, backend, device):
+    case = Case(2, 3, 8, needs=frozenset(), device=device)
+    t = case.inputs()
+
+    def loss(x):
+        return next(iter(fused(op, t | {"x": x}, case)[0].values())).sum()
+
+    if backend == "reference":
+        assert torch.func.grad(loss)(t["x"]).shape == t["x"].shape
+        return
+    with pytest.raises(RuntimeError, match="torch.func.*use_backend"):
+        torch.func.grad(loss)(t["x"])
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("dtype", (BF16, F16))
+def test_autocast(op, dtype, backend, device):
+    """Under autocast y comes in the autocast dtype, the stream keeps its own, and the gradients their inputs'."""
+    case = Case(3, 4, 16, F32, dtype, device=device)
+    t = case.inputs()
+    with torch.autocast(device, dtype):
+        out = fused(op, t, case)[0]
+    assert next(iter(out.values())).dtype == dtype
+    if op == "norm":
+        assert out["stream"].dtype == out["pos"].dtype == F32
+    grads = gradients(out, t, {n: torch.ones_like(v) for n, v in out.items()})
+    assert all(grads[n].dtype == t[n].dtype for n in grads)
+    explicit = fused(op, t, Case(3, 4, 16, F32, dtype, out_dtype=dtype))[0]
+    if backend != "reference":
+        assert all(torch.equal(out[n], explicit[n]) for n in out)
+
+
+def test_no_grad_and_inference_mode(backend, device):
+    case = Case(2, 3, 8, branch_dtype=F32, device=device)
+    t = case.inputs()
+    want = {op: fused(op, t, case)[0] for op in OPS}
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            for op in OPS:
+                got = fused(op, t, case)[0]
+                assert all(torch.equal(got[n], want[op][n]) and not got[n].requires_grad for n in got)
+
+
+def test_fixed_pos_carries_no_gradient(backend, device):
+    """A sinusoid behind fixed pos parameters: pos' requires no gradient, and nothing is computed for it."""
+    case = Case(2, 3, 8, needs=frozenset({"x", "weight", "bias"}), device=device)
+    out = fused("norm", case.inputs(), case)[0]
+    assert out["y"].requires_grad and not out["pos"].requires_grad
+
+
+def test_checkpoint(backend, device):
+    case = Case(2, 3, 8, branch_dtype=F32, device=device)
+    t = case.inputs()
+    want = gradients(fused("norm", t, case)[0], t, {"y": torch.ones(2, 3, 8, device=device)})
+    y = torch.utils.checkpoint.checkpoint(lambda x: fused("norm", t | {"x": x}, case)[0]["y"], t["x"], use_reentrant=False)
+    assert torch.equal(torch.autograd.grad(y.sum(), t["x"])[0], want["x"])
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("branch", (None, BF16))
+def test_opcheck(op, branch, backend, device):
+    """Schema, fakes and aliasing of the raw operators, as torch.library checks them."""
+    if backend == "reference":
+        pytest.skip("reference has no raw operator")
+    from mpvg_kernels.ops import pe_layer_norm, pe_norm_pool
+
+    module = pe_norm_pool if op == "pool" else pe_layer_norm
+    case = Case(3, 4, 16, F32, branch, scale=branch is not None, needs=frozenset(), device=device)
+    t = case.inputs()
+    args = [t[n] for n in ("x", "branch", "branch_scale", "weight", "bias", "pos", "pos_weight", "pos_bias")]
+    tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(module.FORWARD[backend], (*args, 1e-6, 1e-6, 0, F32, True), test_utils=tests)
+    first, *saved = module.FORWARD[backend](*args, 1e-6, 1e-6, 0, F32, True)
+    dy = torch.randn_like(first)
+    if op == "pool":
+        h, stats, s = saved
+        head = (dy, t["x"] if h is None else h, stats, s)
+    else:
+        h, pos_out, stats = saved
+        h = t["x"] if h is None else h
+        head = (dy, torch.randn_like(h), torch.randn_like(pos_out), h, stats)
+    tail = (t["weight"], t["branch_scale"], t["pos"], t["pos_weight"], 1e-6, 0, F32, branch or F32, 127)
+    torch.library.opcheck(module.BACKWARD[backend], (*head, *tail), test_utils=tests)
+
+
+def test_raw_results_never_alias(backend, device):
+    """One tensor serves dx and dbranch in the Function only; the raw operators return fresh memory."""
+    if backend == "reference":
+        pytest.skip("reference has no raw operator")
+    from mpvg_kernels.ops.pe_layer_norm import BACKWARD, FORWARD
+
+    t = Case(2, 3, 8, needs=frozenset(), device=device).inputs()
+    args = (t["x"], None, None, t["weight"], t["bias"], t["pos"], t["pos_weight"], t["pos_bias"])
+    y, h, pos_out, stats = FORWARD[backend](*args, 1e-6, 1e-6, 0, F32, True)
+    assert h is None
+    tail = (t["weight"], None, t["pos"], t["pos_weight"], 1e-6, 0, F32, F32, 127)
+    grads = BACKWARD[backend](y, None, None, t["x"], stats, *tail)
+    memory = [g.data_ptr() for g in (*grads, y, pos_out, stats, t["x"])]
+    assert len(set(memory)) == len(memory)
+
+
+dtypes = st.sampled_from([F32, BF16, F16])
+
+
+@st.composite
+def cases(draw):
+    """Any call at small sizes: shapes, dtypes, flags, offsets, and which inputs need gradients."""
+    n = draw(st.integers(1, 20))
+    dtype = draw(dtypes)
+    branch = draw(st.none() | dtypes)
+    return Case(
+        draw(st.integers(1, 5)),
+        n,
+        draw(st.integers(1, 70) | st.sampled_from([96, 128, 200, 256, 384])),
+        dtype,
+        branch,
+        draw(st.sampled_from([F32, dtype])),
+        draw(st.none() | dtypes),
+        pos=draw(st.booleans()),
+        bias=draw(st.booleans()),
+        scale=branch is not None and draw(st.booleans()),
+        num_prefix_tokens=draw(st.integers(0, n - 1)),
+        pos_batched=draw(st.booleans()),
+        offset=draw(st.sampled_from([0.0, 10.0, -300.0])),
+        eps=draw(st.sampled_from([1e-6, 1e-5, 1e-2])),
+        pos_eps=draw(st.none() | st.just(1e-3)),
+        seed=draw(st.integers(0, 2**16)),
+        needs=frozenset(draw(st.sets(st.sampled_from(TENSORS), min_size=1))),
+        outputs=frozenset(draw(st.sets(st.sampled_from(["y", "stream", "pos"]), min_size=1))),
+    )
+
+
+EXAMPLES = {"reference": 100, "cpp": 600, "triton": 25, "cuda": 25}
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_random_cases(op, backend, device):
+    @settings(
+        max_examples=EXAMPLES[backend],
+        deadline=None,
+        derandomize=True,
+        suppress_health_check=list(HealthCheck),
+        database=None,
+    )
+    @given(cases())
+    def run(case):
+        case.device = device
+        check(op, case)
+
+    run()
+
+
+def test_backward_keeps_the_forwards_backend(backend, device):
+    """A forward under one backend keeps it: its backward runs on the same kernels after the choice has changed."""
+    case = Case(2, 3, 8, device=device)
+    t = case.inputs()
+    out = fused("norm", t, case)[0]
+    with mk.use_backend("reference"):
+        grads = gradients(out, t, {"y": torch.ones_like(out["y"])})
+    want = gradients(fused("norm", t, case)[0], t, {"y": torch.ones_like(out["y"])})
+    assert all(torch.equal(grads[n], want[n]) for n in want if want[n] is not None)
