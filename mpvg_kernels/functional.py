@@ -68,14 +68,13 @@ def pe_layer_norm(
         ValueError: a shape or value that does not fit; TypeError: a dtype; both name the argument.
         BackendUnavailableError: the backend asked for can't run on x's device.
     """
-    x_BND, branch, pos_KD, options = _prepare(
-        x, weight, bias, pos, pos_weight, pos_bias, branch, branch_scale, eps, pos_eps, num_prefix_tokens, out_dtype
+    args = _prepare(
+        x, branch, branch_scale, weight, bias, pos, pos_weight, pos_bias, eps, pos_eps, num_prefix_tokens, out_dtype
     )
-    args = x_BND, branch, branch_scale, weight, bias, pos_KD, pos_weight, pos_bias, options
     y, stream, pos_out = _run(_pe_layer_norm, _pe_layer_norm.PELayerNormFunction, args)
-    if x_BND.shape != x.shape:
+    if x.dim() != 3:
         y, stream = y.view(x.shape), stream.view(x.shape)
-    if pos_out is not None and pos_out.shape != pos.shape:
+    if pos is not None and pos.dim() != 2:
         pos_out = pos_out.view(pos.shape)
     return PELayerNormOutput(y, stream, pos_out)
 
@@ -106,14 +105,13 @@ def pe_norm_pool(
 
     Raises: as `pe_layer_norm`; ValueError also when there is no token to pool (N == num_prefix_tokens).
     """
-    x_BND, branch, pos_KD, options = _prepare(
-        x, weight, bias, pos, pos_weight, pos_bias, branch, branch_scale, eps, pos_eps, num_prefix_tokens, out_dtype
+    args = _prepare(
+        x, branch, branch_scale, weight, bias, pos, pos_weight, pos_bias, eps, pos_eps, num_prefix_tokens, out_dtype
     )
-    if x_BND.shape[1] == num_prefix_tokens:
+    if args[0].shape[1] == num_prefix_tokens:
         raise ValueError(
             f"x of shape {tuple(x.shape)} has no token to pool: expected more than num_prefix_tokens={num_prefix_tokens}"
         )
-    args = x_BND, branch, branch_scale, weight, bias, pos_KD, pos_weight, pos_bias, options
     return _run(_pe_norm_pool, _pe_norm_pool.PENormPoolFunction, args)
 
 
@@ -127,19 +125,15 @@ def _run(operator, function: type[torch.autograd.Function], args: tuple):
             f"torch.func transforms do not go through the fused kernels (backend {backend!r}); "
             "call under mpvg_kernels.use_backend('reference')"
         )
-    # Kernels step through x and branch by any row strides; the small tensors they read as they lie.
-    x, branch, *small, options = args
-    small = [t if t is None or t.is_contiguous() else t.contiguous() for t in small]
-    args = dense_rows(x), branch if branch is None else dense_rows(branch), *small, options
-    if torch.is_grad_enabled() and any(a is not None and a.requires_grad for a in args[:-1]):
+    if torch.is_grad_enabled() and any([a.requires_grad for a in args[:-1] if a is not None]):
         return function.apply(*args)
     return operator.fused(*args)
 
 
 def _prepare(
-    x, weight, bias, pos, pos_weight, pos_bias, branch, branch_scale, eps, pos_eps, num_prefix_tokens, out_dtype
-) -> tuple[Tensor, Tensor | None, Tensor | None, Options]:
-    """Check the arguments; returns x and branch as (B, N, D), pos as (K, D), and the options."""
+    x, branch, branch_scale, weight, bias, pos, pos_weight, pos_bias, eps, pos_eps, num_prefix_tokens, out_dtype
+) -> tuple:
+    """Check the arguments; returns the operator's: x and branch as (B, N, D), pos as (K, D), the Options last."""
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a tensor, not {type(x).__name__}")
     dtype, device, shape = x.dtype, x.device, x.shape
@@ -147,66 +141,79 @@ def _prepare(
         raise TypeError(f"x must be float32, bfloat16, float16 or float64, not {dtype}")
     if len(shape) < 3:
         raise ValueError(f"x has shape {tuple(shape)}: expected (B, N, D), or (B, ..., D) with more token axes")
-    width = shape[-1]
-    if width == 0:
+    if shape[-1] == 0:
         raise ValueError(f"x has shape {tuple(shape)}: the last axis, D, must not be empty")
+    vector = shape[-1:]
 
-    _check_group("weight", weight, "bias", bias, width, x)
+    _check_group("weight", weight, "bias", bias, vector, dtype, device)
     h_dtype = dtype
     if branch is not None:
         _check_tensor("branch", branch, device)
         if branch.shape != shape:
             raise ValueError(f"branch has shape {tuple(branch.shape)}: expected x's, {tuple(shape)}")
-        h_dtype = torch.promote_types(dtype, branch.dtype)
-        if branch.dtype not in _FLOATS or (h_dtype == torch.float64) != (dtype == branch.dtype == torch.float64):
-            raise TypeError(f"branch has dtype {branch.dtype}, x {dtype}: both must be float64, or neither")
+        if branch.dtype != dtype:
+            h_dtype = torch.promote_types(dtype, branch.dtype)
+            if branch.dtype not in _FLOATS or h_dtype == torch.float64:
+                raise TypeError(f"branch has dtype {branch.dtype}, x {dtype}: both must be float64, or neither")
     if branch_scale is not None:
         _check_branch_scale(branch_scale, branch, x)
 
+    tokens = shape[1]
     if len(shape) > 3:
-        tokens = math.prod(shape[1:-1])
-        x = x.reshape(shape[0], tokens, width)
-        branch = None if branch is None else branch.reshape(x.shape)
         if num_prefix_tokens:
             raise ValueError(f"num_prefix_tokens={num_prefix_tokens} needs x of shape (B, N, D), not {tuple(shape)}")
-    tokens = x.shape[1]
+        tokens = math.prod(shape[1:-1])
+        x = x.reshape(shape[0], tokens, shape[-1])
+        branch = None if branch is None else branch.reshape(x.shape)
     if not isinstance(num_prefix_tokens, int) or not 0 <= num_prefix_tokens <= tokens:
         raise ValueError(f"num_prefix_tokens={num_prefix_tokens!r}: expected an integer from 0 to N = {tokens}")
 
-    if pos is None:
-        if pos_weight is not None or pos_bias is not None:
-            raise ValueError("pos_weight and pos_bias are given without pos: pass pos too, or neither")
-    else:
+    if pos is not None:
         _check_tensor("pos", pos, device)
-        expected = (tokens - num_prefix_tokens, width) if len(shape) == 3 else tuple(shape[1:])
-        if tuple(pos.shape) not in (expected, (1, *expected)):
-            raise ValueError(
-                f"pos has shape {tuple(pos.shape)}: expected {expected} or {(1, *expected)}"
-                f" for x of shape {tuple(shape)} with num_prefix_tokens={num_prefix_tokens}"
-            )
+        expected = shape[1:] if num_prefix_tokens == 0 else (tokens - num_prefix_tokens, *vector)
+        if pos.shape != expected:
+            if pos.shape != (1, *expected):
+                raise ValueError(
+                    f"pos has shape {tuple(pos.shape)}: expected {tuple(expected)} or {(1, *expected)}"
+                    f" for x of shape {tuple(shape)} with num_prefix_tokens={num_prefix_tokens}"
+                )
+        if pos.dim() != 2:
+            pos = pos.reshape(tokens - num_prefix_tokens, shape[-1])
         if pos.dtype != dtype and (pos.dtype != torch.float32 or dtype == torch.float64):
             raise TypeError(f"pos has dtype {pos.dtype}: expected {_param_dtypes(dtype)}")
         if pos_weight is None:
             raise ValueError("pos is given without pos_weight, the scale of its LayerNorm: pass pos_weight (D,) too")
-        _check_group("pos_weight", pos_weight, "pos_bias", pos_bias, width, x)
-        pos = pos.reshape(-1, width) if pos.dim() != 2 else pos
+        _check_group("pos_weight", pos_weight, "pos_bias", pos_bias, vector, dtype, device)
+    elif pos_weight is not None or pos_bias is not None:
+        raise ValueError("pos_weight and pos_bias are given without pos: pass pos too, or neither")
 
-    for name, value in (("eps", eps), ("pos_eps", pos_eps)):
-        if value is not None and not value >= 0:
-            raise ValueError(f"{name}={value!r}: expected a number of at least 0")
+    if pos_eps is None:
+        pos_eps = eps
+    if not (eps >= 0 and pos_eps >= 0):
+        raise ValueError(f"eps={eps!r}, pos_eps={pos_eps!r}: expected numbers of at least 0")
+
+    device_type = device.type
     if out_dtype is None:
         out_dtype = h_dtype
-        if h_dtype != torch.float64 and torch.is_autocast_enabled(device.type):
-            out_dtype = torch.get_autocast_dtype(device.type)
+        if torch.is_autocast_enabled(device_type) and h_dtype != torch.float64:
+            out_dtype = torch.get_autocast_dtype(device_type)
     elif out_dtype not in _FLOATS or (out_dtype == torch.float64) != (h_dtype == torch.float64):
         raise TypeError(f"out_dtype={out_dtype}: expected float32, bfloat16 or float16 (float64 for float64 inputs)")
 
-    backend = backends.resolve(device.type)
+    backend = backends.resolve(device_type)
     if dtype == torch.float64 and backend in ("triton", "cuda"):
         if backends.requested() != "auto":
             raise TypeError(f"x is float64: backend {backend!r} has float32, bfloat16 and float16; use 'reference'")
         backend = "reference"
-    return x, branch, pos, Options(eps, eps if pos_eps is None else pos_eps, num_prefix_tokens, out_dtype, backend)
+    if backend != "reference":
+        # Kernels step through x and branch by any row strides; the small tensors they read as they lie.
+        x, branch = dense_rows(x), None if branch is None else dense_rows(branch)
+        branch_scale, weight, bias, pos, pos_weight, pos_bias = [
+            t if t is None or t.is_contiguous() else t.contiguous()
+            for t in (branch_scale, weight, bias, pos, pos_weight, pos_bias)
+        ]
+    options = Options(eps, pos_eps, num_prefix_tokens, out_dtype, backend)
+    return x, branch, branch_scale, weight, bias, pos, pos_weight, pos_bias, options
 
 
 def _check_tensor(name: str, t: Tensor, device: torch.device) -> None:
@@ -216,17 +223,25 @@ def _check_tensor(name: str, t: Tensor, device: torch.device) -> None:
         raise ValueError(f"{name} is on {t.device} and x on {device}: expected one device for all")
 
 
-def _check_group(name: str, weight: Tensor, bias_name: str, bias: Tensor | None, width: int, x: Tensor) -> None:
-    """A LayerNorm's scale and shift: (D,), on x's device, in float32 or x's dtype, both in the same."""
-    _check_tensor(name, weight, x.device)
-    if weight.shape != (width,):
-        raise ValueError(f"{name} has shape {tuple(weight.shape)}: expected ({width},), the width of x")
-    if weight.dtype != x.dtype and (weight.dtype != torch.float32 or x.dtype == torch.float64):
-        raise TypeError(f"{name} has dtype {weight.dtype}: expected {_param_dtypes(x.dtype)}")
+def _check_group(
+    name: str,
+    weight: Tensor,
+    bias_name: str,
+    bias: Tensor | None,
+    vector: torch.Size,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> None:
+    """A LayerNorm's scale and shift: of shape `vector`, on x's device, in float32 or x's dtype, both in the same."""
+    _check_tensor(name, weight, device)
+    if weight.shape != vector:
+        raise ValueError(f"{name} has shape {tuple(weight.shape)}: expected {tuple(vector)}, the width of x")
+    if weight.dtype != dtype and (weight.dtype != torch.float32 or dtype == torch.float64):
+        raise TypeError(f"{name} has dtype {weight.dtype}: expected {_param_dtypes(dtype)}")
     if bias is not None:
-        _check_tensor(bias_name, bias, x.device)
-        if bias.shape != (width,):
-            raise ValueError(f"{bias_name} has shape {tuple(bias.shape)}: expected ({width},), the width of x")
+        _check_tensor(bias_name, bias, device)
+        if bias.shape != vector:
+            raise ValueError(f"{bias_name} has shape {tuple(bias.shape)}: expected {tuple(vector)}, the width of x")
         if bias.dtype != weight.dtype:
             raise TypeError(f"{bias_name} has dtype {bias.dtype}: expected {name}'s, {weight.dtype}")
 

@@ -41,7 +41,7 @@ MISTAKES = {
     "prefix too large": (dict(num_prefix_tokens=5), ValueError, "num_prefix_tokens=5"),
     "prefix no integer": (dict(num_prefix_tokens=1.0), ValueError, "num_prefix_tokens=1.0"),
     "prefix leaves pos too long": (dict(num_prefix_tokens=1), ValueError, r"expected \(3, 8\).*num_prefix_tokens=1"),
-    "eps negative": (dict(eps=-1e-6), ValueError, "eps=-1e-06: expected a number of at least 0"),
+    "eps negative": (dict(eps=-1e-6), ValueError, "eps=-1e-06.*expected numbers of at least 0"),
     "eps nan": (dict(pos_eps=float("nan")), ValueError, "pos_eps=nan"),
     "out_dtype integer": (dict(out_dtype=torch.int32), TypeError, "out_dtype=torch.int32"),
     "out_dtype double": (dict(out_dtype=torch.float64), TypeError, "out_dtype=torch.float64"),

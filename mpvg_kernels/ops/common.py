@@ -101,27 +101,22 @@ def dense_gradient(g: Tensor) -> Tensor:
     return g.contiguous() if torch.compiler.is_compiling() else dense_rows(g)
 
 
-class Asked(NamedTuple):
-    """Which gradients a backward has to compute."""
+def wanted_gradients(needs: tuple[bool, ...], x_dtype: torch.dtype, branch_dtype: torch.dtype, scaled: bool) -> int:
+    """The grad_mask of a backward; `needs` is `ctx.needs_input_grad`, in the order of the Functions' arguments.
 
-    mask: int
-    dbranch_is_dx: bool
-
-
-def asked_gradients(needs: tuple[bool, ...], x_dtype: torch.dtype, branch_dtype: torch.dtype, scaled: bool) -> Asked:
-    """`needs` as in `ctx.needs_input_grad`, in the order x, branch, branch_scale, weight, bias, pos, pos_weight, pos_bias.
-
-    The gradient of an unscaled branch is x's own, unless it needs another dtype: then one tensor serves both.
+    The gradient of an unscaled branch is x's own, unless it needs another dtype: then GRAD_X stands for both.
     """
-    x, branch, _, *params = needs[:8]
-    dbranch_is_dx = branch and not scaled and x_dtype == branch_dtype
-    mask = GRAD_X if x or dbranch_is_dx else 0
-    if branch and not dbranch_is_dx:
-        mask |= GRAD_BRANCH
-    for need, bit in zip(params, (GRAD_WEIGHT, GRAD_BIAS, GRAD_POS, GRAD_POS_WEIGHT, GRAD_POS_BIAS), strict=True):
-        if need:
-            mask |= bit
-    return Asked(mask, dbranch_is_dx)
+    x, branch, _, weight, bias, pos, pos_weight, pos_bias, _ = needs
+    own = branch and (scaled or x_dtype != branch_dtype)
+    return (
+        GRAD_X * (x or (branch and not own))
+        + GRAD_BRANCH * own
+        + GRAD_WEIGHT * weight
+        + GRAD_BIAS * bias
+        + GRAD_POS * pos
+        + GRAD_POS_WEIGHT * pos_weight
+        + GRAD_POS_BIAS * pos_bias
+    )
 
 
 class _OnceOnly(torch.autograd.Function):

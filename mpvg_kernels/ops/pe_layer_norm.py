@@ -16,16 +16,17 @@ from torch.nn.functional import pad
 from .common import (
     BACKWARD_ARGS,
     FORWARD_ARGS,
+    GRAD_BRANCH,
     GRADS,
     Options,
     accumulation_dtype,
-    asked_gradients,
     define,
     dense_gradient,
     fake_grads,
     join,
     layer_norm,
     run_backward,
+    wanted_gradients,
 )
 
 
@@ -131,10 +132,12 @@ class PELayerNormFunction(torch.autograd.Function):
         h, stats, weight, branch_scale, pos, pos_weight = ctx.saved_tensors
         # Only the stream or pos' was used: a zero that takes no memory stands for dy.
         dy = h.new_zeros(h.shape[-1]).expand(h.shape) if dy is None else dense_gradient(dy)
-        mask, dbranch_is_dx = asked_gradients(ctx.needs_input_grad, *ctx.dtypes, branch_scale is not None)
+        needs, options = ctx.needs_input_grad, ctx.options
+        x_dtype, branch_dtype = ctx.dtypes
+        mask = wanted_gradients(needs, x_dtype, branch_dtype, branch_scale is not None)
         dx, dbranch, *dparams = run_backward(
             "pe_layer_norm",
-            BACKWARD[ctx.options.backend],
+            BACKWARD[options.backend],
             dy,
             None if dh is None else dense_gradient(dh),
             None if dpos_out is None else dpos_out.contiguous(),
@@ -144,11 +147,12 @@ class PELayerNormFunction(torch.autograd.Function):
             branch_scale,
             pos,
             pos_weight,
-            ctx.options.pos_eps,
-            ctx.options.num_prefix_tokens,
-            *ctx.dtypes,
+            options.pos_eps,
+            options.num_prefix_tokens,
+            x_dtype,
+            branch_dtype,
             mask,
         )
-        if dbranch_is_dx:
+        if needs[1] and not mask & GRAD_BRANCH:
             dbranch = dx
-        return dx if ctx.needs_input_grad[0] else None, dbranch, None, *dparams, None
+        return dx if needs[0] else None, dbranch, None, *dparams, None

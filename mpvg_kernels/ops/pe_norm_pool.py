@@ -15,16 +15,17 @@ from torch import Tensor
 from .common import (
     BACKWARD_ARGS,
     FORWARD_ARGS,
+    GRAD_BRANCH,
     GRADS,
     Options,
     accumulation_dtype,
-    asked_gradients,
     define,
     dense_gradient,
     fake_grads,
     join,
     layer_norm,
     run_backward,
+    wanted_gradients,
 )
 
 
@@ -109,10 +110,12 @@ class PENormPoolFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dout):
         h, stats, s, weight, branch_scale, pos, pos_weight = ctx.saved_tensors
-        mask, dbranch_is_dx = asked_gradients(ctx.needs_input_grad, *ctx.dtypes, branch_scale is not None)
+        needs, options = ctx.needs_input_grad, ctx.options
+        x_dtype, branch_dtype = ctx.dtypes
+        mask = wanted_gradients(needs, x_dtype, branch_dtype, branch_scale is not None)
         dx, dbranch, *dparams = run_backward(
             "pe_norm_pool",
-            BACKWARD[ctx.options.backend],
+            BACKWARD[options.backend],
             dense_gradient(dout),
             h,
             stats,
@@ -121,11 +124,12 @@ class PENormPoolFunction(torch.autograd.Function):
             branch_scale,
             pos,
             pos_weight,
-            ctx.options.pos_eps,
-            ctx.options.num_prefix_tokens,
-            *ctx.dtypes,
+            options.pos_eps,
+            options.num_prefix_tokens,
+            x_dtype,
+            branch_dtype,
             mask,
         )
-        if dbranch_is_dx:
+        if needs[1] and not mask & GRAD_BRANCH:
             dbranch = dx
-        return dx if ctx.needs_input_grad[0] else None, dbranch, None, *dparams, None
+        return dx if needs[0] else None, dbranch, None, *dparams, None
