@@ -1,0 +1,28 @@
+// The kernels for AVX-512 F, BW, DQ and VL (Intel Skylake-SP and later).
+#include "kernels.h"
+
+#ifdef MPVG_X86
+#include <immintrin.h>
+
+#define MPVG_ISA avx512
+#define MPVG_VECTOR_BYTES 64
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
+#endif
+
+#include "isa.h"
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+namespace mpvg {
+extern const Kernels kernels_avx512 =
+    avx512::table("avx512", [] { return bool(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")); });
+}
+#endif

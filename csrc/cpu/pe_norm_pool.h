@@ -1,0 +1,192 @@
+// Kernels of pe_norm_pool:  out[b] = w * S[b] + b + mean_n p'[n],  S[b] = mean_n hhat[b, n]  (n runs over the rows after the prefix).
+//
+// The forward reads x once; the backward needs no sum over B * N, so it reads and writes each row once. Work is split over samples, and
+// within a sample too when there are few of them.
+#pragma once
+
+namespace mpvg::MPVG_ISA {
+
+// Rows whose hhat are added up before they join the sample's sum: sums in two levels are the more accurate ones.
+constexpr int64_t kPoolRows = 32;
+// With fewer samples than this a sample is split, into pieces of at least kPoolRows rows.
+constexpr int64_t kPoolUnits = 32;
+
+// addend = b + mean_n p'[n] = b + wp * mean_n phat[n] + bp
+template <class T>
+const T* pool_addend(const Inputs& in, Scratch<T>& scratch, ParallelFor parallel_for) {
+  const int64_t D = in.shape.D, Dp = padded<T>(D), P = in.shape.N - in.shape.prefix, blocks = ceil_div(P, kPosRows);
+  T* addend = parameter(scratch, in.bias, D);
+  if (!in.pos) return addend;
+  const T* wp = parameter(scratch, in.pos_weight, D);
+  const T* bp = parameter(scratch, in.pos_bias, D);
+  T* mean = scratch.take();
+  T* phat_sums = scratch.take(blocks);
+  run_parallel(parallel_for, blocks, kPosRows * Dp, [&](int64_t begin, int64_t end) {
+    Scratch<T> local(1, Dp);
+    T* buffer = local.take();
+    for (int64_t block = begin; block < end; ++block) {
+      T* sum = phat_sums + block * Dp;
+      zero_rows(sum, 1, Dp);
+      for (int64_t n = block * kPosRows; n < min(P, (block + 1) * kPosRows); ++n) {
+        Moments<T> m;
+        const T* p = pos_row(in.pos, n, D, T(in.pos_eps), buffer, &m);
+        add_normalised<1>(sum, &p, &m, Dp);
+      }
+    }
+  });
+  column_sums({mean, arithmetic_dtype<T>}, phat_sums, blocks, Dp, Dp);
+  over_padded<T>(Dp, [&](int64_t i) {
+    const Vec<T> phat = load<T>(mean + i) * Vec<T>(T(1) / T(P));
+    store(addend + i, load<T>(addend + i) + fma(load<T>(wp + i), phat, load<T>(bp + i)));
+  });
+  return addend;
+}
+
+template <class T>
+void pe_norm_pool_fwd(const Inputs& in, const PENormPoolOutputs& out, ParallelFor parallel_for) {
+  const auto [B, N, D, k] = in.shape;
+  const int64_t Dp = padded<T>(D);
+  const int64_t pieces = B >= kPoolUnits ? 1 : min(ceil_div(kPoolUnits, max(B, 1)), ceil_div(N, kPoolRows));
+  const int64_t piece = ceil_div(ceil_div(N, pieces), kPoolRows) * kPoolRows;
+  Scratch<T> scratch(5 + ceil_div(N, kPosRows) + (pieces > 1 ? B * pieces : 0), Dp);
+  const T* w = parameter(scratch, in.weight, D);
+  const T* addend = pool_addend(in, scratch, parallel_for);
+  T* partials = pieces > 1 ? scratch.take(B * pieces) : nullptr;
+
+  const auto finish = [&](int64_t b, T* sum) {
+    const Vec<T> share(T(1) / T(N - k));
+    over_padded<T>(Dp, [&](int64_t i) { store(sum + i, load<T>(sum + i) * share); });  // s = sum / (N - k)
+    if (out.s) write_row(out.s, b, sum, D);
+    over_padded<T>(Dp, [&](int64_t i) { store(sum + i, fma(load<T>(w + i), load<T>(sum + i), load<T>(addend + i))); });
+    write_row(out.out, b, sum, D);  // out = w * s + addend
+  };
+
+  const Stream<T> stream(in, out.h);
+  T* m1 = static_cast<T*>(out.stats.data);
+  T* rstd = m1 + B * N;
+  run_parallel(parallel_for, B * pieces, piece * Dp, [&](int64_t begin, int64_t end) {
+    Scratch<T> local(kRows + 2, Dp);
+    T *buffer = local.take(kRows), *block_sum = local.take(), *sample_sum = local.take();
+    for (int64_t unit = begin; unit < end; ++unit) {
+      const int64_t b = unit / pieces, n0 = unit % pieces * piece, n1 = min(N, n0 + piece);
+      const T s = scale_of<T>(in.scale, b);
+      T* sum = partials ? partials + unit * Dp : sample_sum;
+      zero_rows(sum, 1, Dp);
+      zero_rows(block_sum, 1, Dp);
+      for (int64_t n = n0; n < n1; n += kRows) {
+        const int rows = int(min(kRows, n1 - n));
+        const T* h[kRows];
+        Moments<T> m[kRows];
+        stream.get(rows, b, n, s, T(in.eps), buffer, h, m);
+        if (rows == kRows && n >= k) {
+          add_normalised<kRows>(block_sum, h, m, Dp);
+        } else {
+          for (int r = 0; r < rows; ++r)
+            if (n + r >= k) add_normalised<1>(block_sum, h + r, m + r, Dp);
+        }
+        for (int r = 0; out.stats && r < rows; ++r) m1[b * N + n + r] = m[r].m1, rstd[b * N + n + r] = m[r].rstd;
+        if ((n + rows) % kPoolRows == 0 || n + rows == n1) {
+          add_row(sum, block_sum, Dp);
+          zero_rows(block_sum, 1, Dp);
+        }
+      }
+      if (!partials) finish(b, sum);
+    }
+  });
+  for (int64_t b = 0; partials && b < B; ++b) {
+    T* sum = partials + b * pieces * Dp;
+    for (int64_t i = 1; i < pieces; ++i) add_row(sum, sum + i * Dp, Dp);
+    finish(b, sum);
+  }
+}
+
+// g[b] = dout[b] * w / (N - k);  dh[b, n] = LN backward of g[b], 0 in the prefix.
+template <class T>
+void pool_input_gradients(const Saved& in, View dout_BD, const T* w, const Gradients& grad, ParallelFor parallel_for) {
+  const auto [B, N, D, k] = in.shape;
+  const int64_t Dp = padded<T>(D), pieces = ceil_div(N, kPoolRows);
+  const T* m1 = static_cast<const T*>(in.stats.data);
+  const T* rstd = m1 + B * N;
+  const auto first_pass = find_grad_means<T>(arithmetic_dtype<T>, in.h.dtype);
+  const auto write_dx = find_input_gradients<T>(grad.x.dtype, Dtype::absent);
+  const auto write_df = find_input_gradients<T>(grad.branch.dtype, Dtype::absent);
+  const bool h_in_place = in_place<T>(in.h, D);
+  run_parallel(parallel_for, B * pieces, kPoolRows * Dp, [&](int64_t begin, int64_t end) {
+    Scratch<T> local(kRows + 1, Dp);
+    T *buffer = local.take(kRows), *dout = local.take();
+    for (int64_t unit = begin; unit < end; ++unit) {
+      const int64_t b = unit / pieces, n0 = unit % pieces * kPoolRows, n1 = min(N, n0 + kPoolRows);
+      const T s = scale_of<T>(in.scale, b);
+      zero_rows(dout, 1, Dp);
+      read_row(dout, dout_BD, b, D);
+      over_padded<T>(Dp, [&](int64_t i) { store(dout + i, load<T>(dout + i) * Vec<T>(T(1) / T(N - k))); });
+      for (int64_t n = n0; n < min(n1, k); ++n) {
+        if (grad.x) __builtin_memset(grad.x.at(b, n), 0, D * bytes(grad.x.dtype));
+        if (grad.branch) __builtin_memset(grad.branch.at(b, n), 0, D * bytes(grad.branch.dtype));
+      }
+      for (int64_t n = max(n0, k); n < n1; n += kRows) {
+        const int rows = int(min(kRows, n1 - n));
+        const void *dy_rows[kRows], *h_rows[kRows];
+        const T *dy[kRows], *h[kRows];
+        Moments<T> m[kRows];
+        GradMeans<T> means[kRows];
+        for (int r = 0; r < rows; ++r) {
+          dy_rows[r] = dy[r] = dout;
+          h_rows[r] = in.h.at(b, n + r);
+          h[r] = h_in_place ? static_cast<const T*>(h_rows[r]) : buffer + r * Dp;
+          m[r] = {m1[b * N + n + r], T(0), rstd[b * N + n + r]};
+        }
+        first_pass(rows, nullptr, dy_rows, h_in_place ? nullptr : buffer, h_rows, w, m, means, D);
+        if (grad.x) write_dx(rows, grad.x, {}, b, n, dy, w, h, m, means, T(1), D);
+        if (grad.branch) write_df(rows, grad.branch, {}, b, n, dy, w, h, m, means, s, D);
+      }
+    }
+  });
+}
+
+// dw = sum_b dout * S;  db = sum_b dout;  dp'[n] = db / (N - k), the same for all n, and on through LN'.
+template <class T>
+void pe_norm_pool_bwd(const Saved& in, View dout_BD, View s_BD, const Gradients& grad, ParallelFor parallel_for) {
+  const auto [B, N, D, k] = in.shape;
+  const int64_t Dp = padded<T>(D), blocks = ceil_div(N - k, kPosRows);
+  Scratch<T> scratch(6 + blocks, Dp);
+  const T* w = parameter(scratch, in.weight, D);
+  if (grad.x || grad.branch) pool_input_gradients(in, dout_BD, w, grad, parallel_for);
+  if (!grad.weight && !grad.bias && !grad.pos && !grad.pos_weight && !grad.pos_bias) return;
+
+  T *db = scratch.take(), *dw = scratch.take(), *dout = scratch.take(), *s = scratch.take();
+  Scratch<double> sums(2, Dp);  // in double: the number of terms has no bound
+  double *sum_db = sums.take(), *sum_dw = sums.take();
+  zero_rows(sum_db, 2, Dp);
+  for (int64_t b = 0; b < B; ++b) {
+    read_row(dout, dout_BD, b, D);
+    read_row(s, s_BD, b, D);
+    for (int64_t i = 0; i < D; ++i) {
+      sum_db[i] += double(dout[i]);                 // db = sum_b dout
+      sum_dw[i] += double(dout[i]) * double(s[i]);  // dw = sum_b dout * S
+    }
+  }
+  for (int64_t i = 0; i < Dp; ++i) db[i] = T(sum_db[i]), dw[i] = T(sum_dw[i]);
+  if (grad.weight) write_row(grad.weight, 0, dw, D);
+  if (grad.bias) write_row(grad.bias, 0, db, D);
+  if (grad.pos_bias) write_row(grad.pos_bias, 0, db, D);
+  if (!grad.pos && !grad.pos_weight) return;
+
+  T* dp = db;
+  for (int64_t i = 0; i < Dp; ++i) dp[i] = T(sum_db[i] / double(N - k));
+  const T* wp = parameter(scratch, in.pos_weight, D);
+  T* dwp_blocks = scratch.take(blocks);
+  run_parallel(parallel_for, blocks, kPosRows * Dp, [&](int64_t begin, int64_t end) {
+    Scratch<T> local(1, Dp);
+    T* buffer = local.take();
+    for (int64_t block = begin; block < end; ++block) {
+      T* dwp = dwp_blocks + block * Dp;
+      zero_rows(dwp, 1, Dp);
+      for (int64_t n = block * kPosRows; n < min(N - k, (block + 1) * kPosRows); ++n)
+        pos_backward(in, grad.pos, wp, n, dp, buffer, dwp, static_cast<T*>(nullptr));
+    }
+  });
+  column_sums(grad.pos_weight, dwp_blocks, blocks, Dp, D);
+}
+
+}  // namespace mpvg::MPVG_ISA

@@ -1,0 +1,159 @@
+"""The `mpvg` command: train, eval, recipes, info, bench, demo.
+
+Exit codes: 0 ok, 1 failure, 2 usage or bad input, 130 interrupted. What a command needs is imported by that command
+alone, so that `mpvg info` works without the extras.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from .train import InputError, TrainingError, near_matches
+
+# What the `train` extra brings, for a message in place of an ImportError.
+EXTRAS = {"tyro", "sklearn", "matplotlib"}
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with errors of one sentence."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+
+    def error(self, message: str):
+        raise InputError(f"{message.rstrip('.')}; see `{self.prog} --help`")
+
+
+def train(args: argparse.Namespace, fields: list[str]) -> int:
+    from .train import config, recipes
+
+    if args.help:
+        args.parser.print_help()
+        if args.recipe is None:
+            return 0
+        fields = ["--help"]
+    if args.recipe is None:
+        raise InputError(f"mpvg train needs --recipe NAME: there is {', '.join(recipes.names())}")
+    resolved = config.from_args(recipes.load(args.recipe), fields, f"mpvg train --recipe {args.recipe}")
+    if args.print_config:
+        print(json.dumps(config.to_dict(resolved), indent=2))
+        return 0
+    from .train import loop
+
+    out = args.out or Path("runs") / time.strftime(f"{args.recipe}-%Y%m%d-%H%M%S")
+    loop.train(resolved, out, args.recipe)
+    return 0
+
+
+def evaluate(args: argparse.Namespace, _: list[str]) -> int:
+    from .train import checkpoint, loop
+
+    result = loop.evaluate_run(args.folder, args.weights)
+    figures = f"accuracy {result['acc']:.2f} %, loss {result['loss']:.4f}, {result['images']} images"
+    print(f"{args.folder} ({args.weights}): {figures}")
+    if args.json:
+        try:
+            checkpoint.write_json(args.json, result)
+        except OSError as error:
+            raise InputError(f"{args.json} can't be written ({error.strerror})") from None
+    return 0
+
+
+def recipes(args: argparse.Namespace, _: list[str]) -> int:
+    from .train import recipes
+
+    print("\n\n".join(recipes.describe(name) for name in recipes.names()))
+    return 0
+
+
+def info(args: argparse.Namespace, _: list[str]) -> int:
+    from . import show_config
+
+    show_config()
+    return 0
+
+
+def bench(args: argparse.Namespace, _: list[str]) -> int:
+    there = sorted(path.stem.removeprefix("bench_") for path in BENCHMARKS.glob("bench_*.py"))
+    if not there:
+        raise InputError("the benchmarks do not come with the package: run `mpvg bench` in a clone of the repository")
+    if args.name not in there:
+        close = near_matches(args.name, there)
+        raise InputError(f"unknown benchmark {args.name!r}: there is {', '.join(there)}{close}")
+    return subprocess.call([sys.executable, BENCHMARKS / f"bench_{args.name}.py", *args.args])
+
+
+def demo(args: argparse.Namespace, _: list[str]) -> int:
+    from .demo import main
+
+    return main(args.out)
+
+
+def parser() -> Parser:
+    top = Parser(prog="mpvg", description="Fused position-embedding kernels for vision transformers, and a trainer.")
+    commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    def command(name: str, run, help: str, **kwargs) -> Parser:
+        sub = commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".", **kwargs)
+        sub.set_defaults(run=run)
+        return sub
+
+    sub = command(
+        "train",
+        train,
+        "train a recipe's model",
+        epilog="Any field of the config is an option, for example --optim.lr 1e-3 --epochs 8;\n"
+        "mpvg train --recipe NAME --help lists them with what they mean.",
+        add_help=False,
+    )
+    sub.set_defaults(parser=sub)
+    sub.add_argument("-h", "--help", action="store_true", help="show this help, with --recipe every field too")
+    sub.add_argument("--recipe", metavar="NAME", help="what to train; `mpvg recipes` lists them")
+    sub.add_argument("--out", metavar="DIR", type=Path, help="run folder to make (default: runs/NAME-TIME)")
+    sub.add_argument("--print-config", action="store_true", help="print the resolved config as JSON and stop")
+    sub = command("eval", evaluate, "evaluate a run's weights on the held-out images")
+    sub.add_argument("folder", metavar="RUN", type=Path, help="run folder")
+    sub.add_argument("--weights", choices=("best", "last"), default="last", help="which weights (default: last)")
+    sub.add_argument("--json", metavar="FILE", type=Path, help="write the result there as well")
+    command("recipes", recipes, "list the recipes")
+    command("info", info, "print which backends there are, which are not and why")
+    sub = command("bench", bench, "run a benchmark of the repository; what follows its name goes to it")
+    sub.add_argument("name", metavar="NAME", help="dual_ln, norm_pool, train, ...")
+    sub.add_argument(
+        "args", metavar="...", nargs=argparse.REMAINDER, help="arguments of the benchmark, --help included"
+    )
+    sub = command("demo", demo, "train on real images, check the fused kernels against the plain formula, time both")
+    sub.add_argument("--out", metavar="DIR", type=Path, help="run folder to make (default: runs/demo-TIME)")
+    return top
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line `argv` (default: the process's own); returns the exit code."""
+    try:
+        args, rest = parser().parse_known_args(argv)
+        if rest and args.run is not train:
+            raise InputError(f"mpvg {args.command} does not take {' '.join(rest)!r}; see `mpvg {args.command} --help`")
+        return args.run(args, rest)
+    except InputError as error:
+        print(f"mpvg: {error}", file=sys.stderr)
+        return 2
+    except TrainingError as error:
+        print(f"mpvg: {error}", file=sys.stderr)
+        return 1
+    except ModuleNotFoundError as error:
+        name = (error.name or "").partition(".")[0]
+        if name not in EXTRAS:
+            raise
+        print(f"mpvg: {name} is not installed; `pip install 'mpvg_kernels[train]'` brings it", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("mpvg: interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

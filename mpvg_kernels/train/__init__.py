@@ -1,0 +1,23 @@
+"""Trains the library's models: `mpvg train`, `mpvg eval`, `mpvg recipes`.
+
+One file a concern: config (what can be set), recipes/ (values that work), data (images and their order), loop (the
+training itself), checkpoint (the run folder and the weights), metrics (logs, progress, curves), report (report.md).
+This file imports nothing heavy, so that the command line can name a missing extra instead of failing on it.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class InputError(Exception):
+    """What the user asked for can't be done; the message is one sentence that says what is wrong and what to do."""
+
+
+class TrainingError(Exception):
+    """Training can't go on; the message says where it stopped and why."""
+
+
+def near_matches(name: str, choices: Iterable[str]) -> str:
+    """`; did you mean 'a' or 'b'?` for a mistyped name, or nothing when no choice is close."""
+    near = difflib.get_close_matches(name, list(choices), 3, 0.6)
+    return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""

@@ -1,0 +1,17 @@
+"""The `triton` backend. Importing it registers its kernels as the `_triton` operators of the `mpvg` library.
+
+For CUDA tensors; for CPU tensors too, where TRITON_INTERPRET=1 makes Triton run kernels in its interpreter (set it before the
+import): slow, and bf16 results are truncated instead of rounded there, but the same code.
+"""
+
+import torch
+import triton
+
+from . import pe_layer_norm, pe_norm_pool
+
+_LIBRARY = torch.library.Library("mpvg", "IMPL")
+for _dispatch_key in ("CUDA", "CPU") if triton.knobs.runtime.interpret else ("CUDA",):
+    for _operator in (pe_layer_norm, pe_norm_pool):
+        _name = _operator.__name__.rpartition(".")[2]
+        _LIBRARY.impl(f"{_name}_fwd_triton", _operator.forward, _dispatch_key)
+        _LIBRARY.impl(f"{_name}_bwd_triton", _operator.backward, _dispatch_key)

@@ -1,0 +1,340 @@
+"""The `mpvg` command: a small run from start to end, messages about bad input, exit codes, demo, Makefile."""
+
+import csv
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import mpvg_kernels as mk
+from mpvg_kernels import __main__ as cli
+from mpvg_kernels import demo
+from mpvg_kernels.train import checkpoint, config, metrics, recipes
+
+ROOT = Path(__file__).parent.parent
+# Two epochs of a tiny model.
+FAST = (
+    "--epochs 2 --sched.warmup_epochs 1 --model.patch_size 4 --model.embed_dim 32 --model.depth 2 --model.num_heads 2"
+)
+FAST_ARGS = [*FAST.split(), "--device", "cpu"]
+
+
+def command(*args: object, **kwargs) -> subprocess.CompletedProcess:
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | kwargs.pop("env", {})
+    return subprocess.run(
+        [sys.executable, "-m", "mpvg_kernels", *map(str, args)], capture_output=True, text=True, env=env, **kwargs
+    )
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A finished run, and what it printed."""
+    folder = tmp_path_factory.mktemp("cli") / "runs" / "small"
+    result = command("train", "--recipe", "digits", "--out", folder, *FAST_ARGS, "--optim.lr", "3e-3")
+    assert result.returncode == 0, result.stderr
+    return folder, result.stdout
+
+
+@pytest.fixture
+def copy(run, tmp_path):
+    """A copy of the run that a test may spoil."""
+    return Path(shutil.copytree(run[0], tmp_path / "copy"))
+
+
+def fails(capsys, *args: object, code: int = 2) -> str:
+    """The one line that a failing command prints on stderr."""
+    capsys.readouterr()
+    assert cli.main([str(arg) for arg in args]) == code
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("mpvg: ") and err.count("\n") == 1 and "Traceback" not in err
+    return err
+
+
+# ---- a run
+
+
+def test_run_folder(run):
+    folder, printed = run
+    assert {path.name for path in folder.iterdir()} == {
+        *("run.json", "status.json", "log.jsonl", "metrics.csv", "report.md", "curves.png", "best", "last")
+    }
+    for name in checkpoint.WEIGHTS:
+        assert {path.name for path in (folder / name).iterdir()} == {"config.json", "model.safetensors"}
+    info = json.loads((folder / "run.json").read_text())
+    assert info["config"]["epochs"] == 2 and info["config"]["optim"]["lr"] == 3e-3
+    assert info["backend"] == mk.backends._resolve("auto", "cpu")
+    assert info["versions"]["torch"] == torch.__version__ and info["recipe"] == "digits" and info["updates"] == 44
+    status = json.loads((folder / "status.json").read_text())
+    epochs, train = metrics.read_log(folder, "epoch"), metrics.read_log(folder, "train")
+    assert (status["state"], status["epoch"], status["step"]) == ("finished", 2, 44)
+    assert status["test_acc"] == epochs[-1]["test_acc"]
+    assert [row["step"] for row in epochs] == [22, 44]
+    assert [row["step"] for row in train] == [10, 20, 22, 32, 42, 44]
+    assert all(row["loss"] > 0 and 0 <= row["acc"] <= 100 and row["img_s"] > 0 for row in train)
+    assert train[-1]["loss"] < train[0]["loss"]
+    with open(folder / "metrics.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["test_loss"]) for row in rows] == [row["test_loss"] for row in epochs]
+    assert tuple(rows[0]) == metrics.COLUMNS
+    assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+    report = (folder / "report.md").read_text()
+    accuracy = f"{epochs[-1]['test_acc']:.2f} %"
+    assert f"| last | 2 | {accuracy} |" in report and "![loss and accuracy](curves.png)" in report
+    assert (
+        printed.count("\nepoch ") == 2 and f"test accuracy {accuracy} after 2 epochs" in printed
+    )  # plain lines, no bar
+
+
+@pytest.mark.parametrize("weights", checkpoint.WEIGHTS)
+def test_eval_gives_the_logged_accuracy(run, tmp_path, capsys, weights):
+    folder, _ = run
+    epochs = metrics.read_log(folder, "epoch")
+    logged = epochs[-1] if weights == "last" else max(epochs, key=lambda row: row["test_acc"])
+    assert cli.main(["eval", str(folder), "--weights", weights, "--json", str(tmp_path / "r.json")]) == 0
+    result = json.loads((tmp_path / "r.json").read_text())
+    assert result["acc"] == logged["test_acc"] and result["loss"] == pytest.approx(logged["test_loss"], rel=1e-5)
+    assert (result["images"], result["weights"]) == (360, weights)
+    assert f"accuracy {result['acc']:.2f} %" in capsys.readouterr().out
+
+
+def test_progress_bar_on_a_terminal(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setattr("shutil.get_terminal_size", lambda *_: os.terminal_size((200, 20)))
+    assert cli.main(["train", "--recipe", "digits", "--out", str(tmp_path / "run"), *FAST_ARGS]) == 0
+    out, err = capsys.readouterr()
+    assert "\nepoch " not in out
+    assert re.search(r"44/44 .*epoch 2, loss \d\.\d+, acc \d+\.\d %, \d+ img/s, test \d+\.\d+ %", err)
+
+
+def test_interrupt(tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mpvg_kernels", "train", "--recipe", "digits", "--out", tmp_path / "run"]
+        + [*FAST_ARGS, "--epochs", "500"],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    log = tmp_path / "run" / "log.jsonl"
+    deadline = time.monotonic() + 60
+    while not (log.exists() and log.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130
+    assert process.stderr.read() == "mpvg: interrupted\n"
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "failed"
+
+
+def test_diverged_training(tmp_path, capsys):
+    args = ["train", "--recipe", "digits", "--out", tmp_path / "run", *FAST_ARGS, "--optim.lr", "1e30"]
+    assert cli.main([str(arg) for arg in args]) == 1
+    assert re.search(
+        r"mpvg: the loss is (nan|inf) at update \d+, epoch \d: try a lower optim.lr\n", capsys.readouterr().err
+    )
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert status["state"] == "failed" and "the loss is" in status["error"]
+
+
+# ---- the other commands
+
+
+def test_print_config(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["train", "--recipe", "digits", "--print-config", "--optim.lr", "5e-4", "--seed=9"]) == 0
+    found = config.from_dict(json.loads(capsys.readouterr().out))
+    assert (found.optim.lr, found.seed, found.epochs) == (5e-4, 9, recipes.load("digits").epochs)
+    assert not list(tmp_path.iterdir())  # nothing was started
+
+
+def test_recipes_and_info(capsys):
+    assert cli.main(["recipes"]) == 0
+    assert "digits: " in capsys.readouterr().out
+    assert cli.main(["info"]) == 0
+    assert all(f"  {name} " in text for text in [capsys.readouterr().out] for name in mk.backends.BACKENDS)
+
+
+@pytest.mark.parametrize(
+    "args", [["--help"], ["train", "--help"], ["train", "--recipe", "digits", "--help"], ["eval", "-h"]]
+)
+def test_help(capsys, args):
+    try:
+        code = cli.main(args)
+    except SystemExit as done:
+        code = done.code
+    text = capsys.readouterr().out
+    assert code == 0 and "usage: mpvg" in text
+    assert ("--optim.lr" in text) == ("train" in args)
+    assert ("Peak learning rate" in text) == ("--recipe" in args)
+
+
+def test_bench_passes_its_arguments_on(tmp_path, monkeypatch, capfd):
+    (tmp_path / "bench_toy.py").write_text("import sys; print(sys.argv[1:]); sys.exit(3)")
+    monkeypatch.setattr(cli, "BENCHMARKS", tmp_path)
+    assert cli.main(["bench", "toy", "--quick", "--json", "x.json", "--help"]) == 3
+    assert capfd.readouterr().out == "['--quick', '--json', 'x.json', '--help']\n"
+
+
+def test_import_brings_none_of_the_extras():
+    code = "import sys, mpvg_kernels; print(*sys.modules)"
+    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert not {"tyro", "sklearn", "matplotlib", "mpvg_kernels.train"} & set(out.split())
+
+
+# ---- bad input
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        ("", "required: COMMAND"),
+        ("trian", "invalid choice: 'trian'"),
+        ("train", "mpvg train needs --recipe NAME: there is digits"),
+        ("train --recipe digit", "unknown recipe 'digit': there is digits; did you mean 'digits'"),
+        ("train --recipe digits --optim.lrr 1", "unknown config field 'optim.lrr'; did you mean 'optim.lr'"),
+        ("train --recipe digits --epochs many", "--epochs"),
+        ("train --recipe digits --model.scheme nonsense", "nonsense"),
+        ("train --recipe digits stray", "stray"),
+        ("eval", "required: RUN"),
+        ("eval nowhere", "nowhere is not a run folder: it has no run.json"),
+        ("eval nowhere --weights ema", "invalid choice: 'ema'"),
+        ("eval nowhere --wieghts best", "--wieghts"),
+        ("info --all", "mpvg info does not take '--all'"),
+        ("bench nothing", "unknown benchmark 'nothing': there is "),
+    ],
+)
+def test_usage(capsys, tmp_path, monkeypatch, args, message):
+    monkeypatch.chdir(tmp_path)
+    assert message in fails(capsys, *args.split())
+    assert not list(tmp_path.iterdir())  # nothing half-written
+
+
+def test_run_folder_that_exists(run, capsys):
+    before = (run[0] / "log.jsonl").read_bytes()
+    message = fails(capsys, "train", "--recipe", "digits", "--out", run[0], *FAST_ARGS)
+    assert f"{run[0]} exists and nothing is overwritten: choose another folder with --out" in message
+    assert (run[0] / "log.jsonl").read_bytes() == before
+
+
+def test_run_folder_in_a_file(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    message = fails(capsys, "train", "--recipe", "digits", "--out", tmp_path / "file" / "run", *FAST_ARGS)
+    assert "can't be written (Not a directory)" in message
+
+
+def test_empty_folder_is_fine(tmp_path):
+    checkpoint.RunFolder.create(tmp_path, {"recipe": "x"})
+    assert checkpoint.RunFolder(tmp_path).info == {"recipe": "x"}
+
+
+def test_weights_of_another_model(copy, capsys):
+    info = json.loads((copy / "run.json").read_text())
+    info["config"]["model"] |= {"depth": 3, "scheme": "gap"}
+    (copy / "run.json").write_text(json.dumps(info))
+    message = fails(capsys, "eval", copy)
+    assert "last/model.safetensors holds the weights of another model than run.json's" in message
+    assert "missing (blocks.2." in message and "not in the model (blocks.1.norm1.pos_bias" in message
+    info["config"]["model"] |= {"depth": 2, "scheme": "mpvg", "embed_dim": 64}
+    (copy / "run.json").write_text(json.dumps(info))
+    assert "of another shape (blocks.0.attn.proj.bias (32,) instead of (64,)" in fails(capsys, "eval", copy)
+
+
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (lambda f: (f / "run.json").write_text("{"), "run.json can't be read"),
+        (lambda f: (f / "run.json").write_text("{}"), "run.json has no config"),
+        (lambda f: shutil.rmtree(f / "last"), "does not exist: the run has not saved its last weights"),
+        (lambda f: (f / "last" / "model.safetensors").write_bytes(b"12345678"), "can't be read as safetensors"),
+    ],
+)
+def test_spoilt_run_folder(copy, capsys, spoil, message):
+    spoil(copy)
+    assert message in fails(capsys, "eval", copy)
+
+
+def test_json_that_cannot_be_written(run, tmp_path, capsys):
+    assert cli.main(["eval", str(run[0]), "--json", str(tmp_path / "no" / "r.json")]) == 2
+    assert "r.json can't be written (No such file or directory)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("missing", ["tyro", "sklearn.datasets", "matplotlib.figure"])
+def test_missing_extra(tmp_path, monkeypatch, capsys, missing):
+    monkeypatch.setitem(sys.modules, missing, None)  # so that importing it fails
+    for name in ("loop", "metrics", "report"):
+        monkeypatch.delitem(sys.modules, f"mpvg_kernels.train.{name}", raising=False)
+    message = fails(capsys, "train", "--recipe", "digits", "--out", tmp_path / "run", *FAST_ARGS)
+    package = missing.partition(".")[0]
+    assert f"{package} is not installed; `pip install 'mpvg_kernels[train]'` brings it" in message
+    assert not list(tmp_path.iterdir())
+
+
+def test_bench_without_the_repository(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(cli, "BENCHMARKS", tmp_path / "none")
+    assert "run `mpvg bench` in a clone of the repository" in fails(capsys, "bench", "dual_ln")
+
+
+# ---- demo and Makefile
+
+
+@pytest.mark.parametrize("bounds, code", [((0, 1e-5), 0), ((101, -1), 1)], ids=["good", "bad"])
+def test_demo(tmp_path, monkeypatch, capfd, bounds, code):
+    # The real demo on a tiny model, with a benchmark that answers at once; its bounds decide the exit code.
+    fused = mk.backends.resolve("cpu")
+    row = {"inputs": "x", "mode": "fwd", "B": 2, "N": 3, "D": 4, "dtype": "fp32", "provider": "cpp", "status": "ok"}
+    row |= {"ms": 1.5, "roof_percent": 88.0, "speedup_eager": 2.0, "speedup_compile": None}
+    script = f"import json, sys; open(sys.argv[3], 'w').write(json.dumps({{'rows': [{row!r}]}}))"
+    for name in demo.OPERATORS:
+        (tmp_path / f"bench_{name}.py").write_text(script)
+    small = config.from_args(recipes.load("digits"), [*FAST_ARGS, "--epochs", "1", "--sched.warmup_epochs", "0"])
+    monkeypatch.setattr(demo, "BENCHMARKS", tmp_path)
+    monkeypatch.setattr(recipes, "load", lambda name: small)
+    monkeypatch.setattr(demo, "MIN_ACCURACY", bounds[0])
+    monkeypatch.setattr(demo, "MAX_LOSS_DIFFERENCE", bounds[1])
+    monkeypatch.setattr(demo, "UPDATES", 3)
+    assert cli.main(["demo", "--out", str(tmp_path / "run")]) == code
+    out, err = capfd.readouterr()
+    assert ("FAILED: test accuracy" in err) == bool(code)
+    assert ("FAILED: the loss differs" in err) == (bool(code) and fused != "reference")
+    assert len(re.findall(r"\[[1-4]/4\] took \d", out)) == 4 and f"report: {tmp_path / 'run' / 'report.md'}" in out
+    report = (tmp_path / "run" / "report.md").read_text()
+    assert "| x fwd | 2x3x4 fp32 | cpp | 1.500 | 88 % | 2.00x | - |" in report
+    assert "Largest relative loss difference" in report or "Nothing to compare" in report
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+@pytest.mark.parametrize("target, runs", [("demo", "-m mpvg_kernels demo"), ("test", "-m pytest")])
+def test_make(tmp_path, target, runs):
+    for name in ("Makefile", "pyproject.toml", "setup.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    env = {name: value for name, value in os.environ.items() if name not in ("VIRTUAL_ENV", "MAKEFLAGS", "MAKELEVEL")}
+
+    def plan(**more: str) -> str:
+        return subprocess.run(
+            ["make", "-n", target], cwd=tmp_path, env=env | more, capture_output=True, text=True, check=True
+        ).stdout
+
+    text = plan()
+    torch_first = text.index("ninja numpy torch"), text.index("--no-build-isolation")
+    assert "-m venv .venv" in text and torch_first == tuple(sorted(torch_first)) and f".venv/bin/python {runs}" in text
+    # an environment that is active is used as it is
+    active = tmp_path / "active"
+    (active / "bin").mkdir(parents=True)
+    (active / "bin" / "python").touch()
+    text = plan(VIRTUAL_ENV=str(active))
+    assert "-m venv" not in text and f"{active}/bin/python -m pip" in text and f"{active}/bin/python {runs}" in text
+    # installed already: nothing but the run, until a source changes
+    stamp = re.search(r"touch (\S+)", text).group(1)
+    Path(stamp).touch()
+    assert "pip" not in plan(VIRTUAL_ENV=str(active))
+    (tmp_path / "csrc").mkdir()
+    (tmp_path / "csrc" / "kernel.cpp").touch()
+    os.utime(tmp_path / "csrc" / "kernel.cpp", (time.time() + 5, time.time() + 5))
+    assert "--no-build-isolation" in plan(VIRTUAL_ENV=str(active))
