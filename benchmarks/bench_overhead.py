@@ -1,4 +1,4 @@
-"""Host time of a call at a size where the arithmetic is nothing: ours against the plain eager formula.
+"""Host time of a tiny call: ours against the plain eager formula.
 
     python benchmarks/bench_overhead.py                      both operators, microseconds a call
 

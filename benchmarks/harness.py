@@ -357,7 +357,6 @@ class Group(NamedTuple):
     roof: float | None = None
 
 
-OURS = ("reference", "cpp", "triton", "cuda")
 COLORS = {"eager": "#b8bcc4", "compile": "#7d8597", "cpp": "#0b6e99", "triton": "#0b6e99", "cuda": "#12a594"}
 COLORS |= {"reference": "#e0a458", "timm": "#b8bcc4", "fused": "#0b6e99"}
 

@@ -669,7 +669,9 @@ def _microseconds(value: float | None) -> str:
 def _summary(rows: list[dict[str, Any]]) -> None:
     """Say for each of ours in which case it gains least over eager and over torch.compile."""
     print()
-    for op, mode, name in sorted({(r["op"], r["mode"], r["provider"]) for r in rows if r["provider"] in harness.OURS}):
+    for op, mode, name in sorted(
+        {(r["op"], r["mode"], r["provider"]) for r in rows if r["provider"] in mk.backends.BACKENDS}
+    ):
         mine = [r for r in rows if (r["op"], r["mode"], r["provider"]) == (op, mode, name)]
         for baseline in ("eager", "compile"):
             key = f"speedup_{baseline}"

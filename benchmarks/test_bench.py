@@ -4,7 +4,7 @@
     pytest benchmarks --benchmark-only -k "fwd_bwd and bf16" --benchmark-group-by=group --benchmark-autosave
 
 On a CPU one thread runs and its CPU time is measured; on a GPU the timed call waits for the device. Each provider's
-result is checked first. `extra_info` holds the byte model's GB/s and % of roof from the fastest round, as in the scripts.
+result is checked first. `extra_info` holds the byte model's GB/s and % of roof of the fastest round.
 Providers run one after the other here: for ratios of two providers use the scripts, which let them take turns.
 """
 

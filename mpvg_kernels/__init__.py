@@ -2,6 +2,7 @@
 
 __version__ = "0.1.0"
 
+from . import models  # registers the models in timm
 from .backends import BackendUnavailableError, available_backends, show_config, use_backend
 from .functional import PELayerNormOutput, pe_layer_norm, pe_norm_pool
 from .modules import FusedAddLayerNorm, FusedAddPELayerNorm, FusedPELayerNorm, FusedPELayerNormPool
@@ -14,6 +15,7 @@ __all__ = [
     "FusedPELayerNormPool",
     "PELayerNormOutput",
     "available_backends",
+    "models",
     "pe_layer_norm",
     "pe_norm_pool",
     "show_config",

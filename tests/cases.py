@@ -115,7 +115,7 @@ def gradients(outputs: dict, t: dict, upstream: dict) -> dict[str, Tensor]:
 def assert_accurate(name: str, got: Tensor, plain: Tensor, exact: Tensor) -> None:
     """The accuracy rule: ||err|| <= 1.25 ||err of the plain formula|| + eps(dtype) ||exact||."""
     assert got.dtype == plain.dtype and got.shape == plain.shape, f"{name}: {got.dtype} {got.shape}"
-    exact = exact.double()
+    got, plain, exact = got.detach(), plain.detach(), exact.detach().double()
     if got.dtype == torch.float64:  # nothing more exact to compare with: a few roundings apart
         torch.testing.assert_close(got, exact, rtol=1e-12, atol=1e-13 * float(exact.norm()), msg=lambda m: f"{name}: {m}")
         return

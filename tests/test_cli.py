@@ -270,6 +270,7 @@ def test_missing_extra(tmp_path, monkeypatch, capsys, missing):
     monkeypatch.setitem(sys.modules, missing, None)  # so that importing it fails
     for name in ("loop", "metrics", "report"):
         monkeypatch.delitem(sys.modules, f"mpvg_kernels.train.{name}", raising=False)
+        monkeypatch.delattr(mk.train, name, raising=False)
     message = fails(capsys, "train", "--recipe", "digits", "--out", tmp_path / "run", *FAST_ARGS)
     package = missing.partition(".")[0]
     assert f"{package} is not installed; `pip install 'mpvg_kernels[train]'` brings it" in message

@@ -1,9 +1,9 @@
-"""Every Triton kernel compiled ahead of time for sm_80, sm_90 and sm_100, without a GPU: it compiles, spills nothing, uses no atomics.
+"""Every Triton kernel compiled ahead of time for sm_80, sm_90 and sm_100: no spills, no atomics, wide loads.
 
-The launchers themselves run, on tensors of the `meta` device and with a stand-in for the GPU's driver that only names an
-architecture; each launch then compiles what it would have launched. So block sizes, warps and specialisations are those of a real
-call. Registers and spills come from `ptxas -v`. This happens in subprocesses (this file run as a script), one an architecture,
-because the test session has Triton's interpreter on, which leaves nothing to compile.
+The launchers themselves run, on tensors of the `meta` device and with a stand-in for the GPU's driver that only names
+an architecture; each launch then compiles what it would have launched. So block sizes, warps and specialisations are
+those of a real call. Registers and spills come from `ptxas -v`. This happens in subprocesses (this file run as a
+script), one an architecture, because the test session has Triton's interpreter on, which leaves nothing to compile.
 """
 
 import functools
@@ -22,8 +22,8 @@ ARCHITECTURES = (80, 90, 100)
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 
-# name -> (N, D, x, branch, parameters, output, pos, prefix tokens): widths of one and of two column blocks, aligned rows and not,
-# several rows a program and 16 warps a row, every dtype and every flag.
+# name -> (N, D, x, branch, parameters, output, pos, prefix tokens): widths of one and of two column blocks, aligned
+# rows and not, several rows a program and 16 warps a row, every dtype and every flag.
 CASES = {
     "deit_tiny": (196, 192, BF16, BF16, F32, BF16, True, 0),
     "deit_small_fp32": (196, 384, F32, None, F32, F32, True, 0),
@@ -38,8 +38,8 @@ CASES = {
 
 # Three programs of four warps a multiprocessor; ptxas gives most kernels 128 or fewer.
 MOST_REGISTERS = 168
-# Where a kernel takes 64 registers or fewer, ptxas chooses by itself to put a few words in local memory and fit in one more program.
-# That is no shortage of registers: such a kernel passes with up to this many bytes stored and loaded.
+# Where a kernel takes 64 registers or fewer, ptxas chooses by itself to put a few words in local memory and fit in one
+# more program. That is no shortage of registers: such a kernel passes with up to this many bytes stored and loaded.
 TRADED_BYTES = 48
 
 
@@ -94,7 +94,7 @@ def ptxas(ptx: str, arch: int) -> dict[str, int]:
         source = Path(folder, "kernel.ptx")
         source.write_text(ptx)
         target = re.search(r"\.target (sm_\w+)", ptx)[1]
-        command = [get_ptxas(arch).path, "-v", f"--gpu-name={target}", str(source), "-o", str(source.with_suffix(".cubin"))]
+        command = [get_ptxas(arch).path, "-v", f"--gpu-name={target}", source, "-o", source.with_suffix(".cubin")]
         log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
     return dict(registers=int(re.search(r"Used (\d+) registers", log)[1]), spilled=int(spills[1]) + int(spills[2]))
@@ -130,20 +130,29 @@ def main(arch: int) -> None:
 
 
 @functools.cache
-def results(arch: int) -> dict[str, list[dict]]:
-    """What `main` finds for an architecture, from a process of its own."""
+def results() -> dict[int, dict[str, list[dict]]]:
+    """What `main` finds for each architecture, every one in a process of its own, all at the same time."""
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     env["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, [env.get("PYTHONPATH")])])
-    done = subprocess.run([sys.executable, __file__, str(arch)], capture_output=True, text=True, env=env)
-    assert done.returncode == 0, f"sm_{arch}: {done.stderr[-3000:]}"
-    return json.loads(done.stdout.splitlines()[-1])
+    started = {
+        arch: subprocess.Popen(
+            [sys.executable, __file__, str(arch)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env
+        )
+        for arch in ARCHITECTURES
+    }
+    found = {}
+    for arch, process in started.items():
+        out, errors = process.communicate()
+        assert process.returncode == 0, f"sm_{arch}: {errors[-3000:]}"
+        found[arch] = json.loads(out.splitlines()[-1])
+    return found
 
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("arch", ARCHITECTURES, ids="sm_{}".format)
 def test_compiles_within_registers(arch, case):
     pytest.importorskip("triton", reason="Triton is not installed")
-    kernels = results(arch)[case]
+    kernels = results()[arch][case]
     assert {"forward_kernel", "backward_kernel", "pool_kernel", "output_kernel", "batch_sums_kernel"} <= {
         k["kernel"] for k in kernels
     }
@@ -163,8 +172,8 @@ def test_every_kernel_is_compiled():
     from mpvg_kernels.triton_ops import pe_layer_norm, pe_norm_pool
 
     defined = {name for module in (pe_layer_norm, pe_norm_pool) for name in vars(module) if name.endswith("_kernel")}
-    for arch in ARCHITECTURES:
-        assert {k["kernel"] for case in results(arch).values() for k in case} == defined
+    for cases in results().values():
+        assert {k["kernel"] for case in cases.values() for k in case} == defined
 
 
 @pytest.mark.parametrize("N", (1, 3, 196, 3136))

@@ -8,14 +8,9 @@
 namespace mpvg::MPVG_ISA {
 
 #ifndef MPVG_TILE_BYTES
-#define MPVG_TILE_BYTES 65536
+#define MPVG_TILE_BYTES 131072
+#define MPVG_SLICE 8
 #endif
-
-// A few rows of one sample; rows == 0: there is none.
-struct Block {
-  int64_t b, n;
-  int rows;
-};
 
 struct Tiling {
   Shape shape;
@@ -25,7 +20,7 @@ struct Tiling {
     tiles = max(1, ceil_div(s.N * row_bytes, MPVG_TILE_BYTES));
     tile = max(1, ceil_div(s.N, tiles));
     tiles = ceil_div(s.N, tile);
-    slice = 16;
+    slice = MPVG_SLICE;
     slices = ceil_div(s.B, slice);
   }
   int64_t units() const { return tiles * slices; }
@@ -34,18 +29,13 @@ struct Tiling {
   int64_t first_row(int64_t unit) const { return unit / slices * tile; }
   int64_t rows(int64_t unit) const { return min(shape.N, first_row(unit) + tile) - first_row(unit); }
 
-  // f(block, next) for the blocks of a unit, sample by sample: `next` is there to be prefetched. Crossing from one sample to the next
-  // is where the hardware's own prefetching stops.
+  // f(block, last) for the blocks of a unit, two samples at a time; `last` says that these two (or one) are done.
   template <class F>
   MPVG_INLINE void visit(int64_t unit, F f) const {
     const int64_t n0 = first_row(unit), n1 = n0 + rows(unit), b0 = slice_of(unit) * slice, b1 = min(shape.B, b0 + slice);
-    Block block{b0, n0, int(min(kRows, n1 - n0))};
-    while (block.rows) {
-      Block next{block.b, block.n + kRows, 0};
-      if (next.n >= n1) next.b += 1, next.n = n0;
-      if (next.b < b1) next.rows = int(min(kRows, n1 - next.n));
-      f(block, next);
-      block = next;
+    for (int64_t b = b0; b < b1; b += 2) {
+      const int64_t samples = min(2, b1 - b), tokens = kRows / samples;
+      for (int64_t n = n0; n < n1; n += tokens) f(Block{b, n, int(samples), int(samples * min(tokens, n1 - n))}, n + tokens >= n1);
     }
   }
 };
@@ -66,22 +56,28 @@ void pe_layer_norm_fwd(const Inputs& in, const PELayerNormOutputs& out, Parallel
   const Stream<T> stream(in, out.h);
   T* m1 = static_cast<T*>(out.stats.data);
   T* rstd = m1 + B * N;
-  const auto write = find_affine<T>(out.y.dtype);
+  const auto write = with_dtype<T>(out.y.dtype, [](auto y) { return &affine_rows<T, typename decltype(y)::type>; });
   const Tiling tiling(in.shape, Dp * sizeof(T));
   run_parallel(parallel_for, tiling.units(), tiling.elements_each(Dp), [&](int64_t begin, int64_t end) {
     Scratch<T> local(kRows, Dp);
     T* buffer = local.take(kRows);
-    for (int64_t unit = begin; unit < end; ++unit) tiling.visit(unit, [&](Block at, Block next) {
-      for (int r = 0; r < next.rows; ++r) {
-        stream.prefetch_row(next.b, next.n + r);
-        prefetch<true>(out.y.at(next.b, next.n + r), D * bytes(out.y.dtype));
-      }
+    for (int64_t unit = begin; unit < end; ++unit) tiling.visit(unit, [&](Block at, bool) {
       const T *h[kRows], *addend[kRows];
+      void* y_rows[kRows];
       Moments<T> m[kRows];
-      stream.get(at.rows, at.b, at.n, scale_of<T>(in.scale, at.b), T(in.eps), buffer, h, m);
-      for (int r = 0; r < at.rows; ++r) addend[r] = table && at.n + r >= k ? table + (at.n + r - k) * Dp : bias;
-      write(at.rows, out.y, at.b, at.n, h, m, w, addend, D);
-      for (int r = 0; out.stats && r < at.rows; ++r) m1[at.b * N + at.n + r] = m[r].m1, rstd[at.b * N + at.n + r] = m[r].rstd;
+      T s[kRows];
+      for (int r = 0; r < at.rows; ++r) {
+        const int64_t n = at.n_of(r);
+        s[r] = scale_of<T>(in.scale, at.b_of(r));
+        addend[r] = table && n >= k ? table + (n - k) * Dp : bias;
+      }
+      stream.get(at, s, T(in.eps), buffer, h, m);
+      at.pointers(out.y, y_rows);
+      write(at.rows, y_rows, h, m, w, addend, D);
+      for (int r = 0; out.stats && r < at.rows; ++r) {
+        const int64_t i = at.b_of(r) * N + at.n_of(r);
+        m1[i] = m[r].m1, rstd[i] = m[r].rstd;
+      }
     });
   });
 }
@@ -103,51 +99,54 @@ void pe_layer_norm_bwd(const Saved& in, View dy_BND, View dh_BND, View dpos_out,
 
   const T* m1 = static_cast<const T*>(in.stats.data);
   const T* rstd = m1 + B * N;
-  const auto first_pass = find_grad_means<T>(dy_BND.dtype, in.h.dtype);
-  const auto write_dx = find_input_gradients<T>(grad.x.dtype, dh_BND.dtype);
-  const auto write_df = find_input_gradients<T>(grad.branch.dtype, dh_BND.dtype);
+  const auto first_pass = choose_grad_means<T>(dy_BND.dtype, in.h.dtype);
+  const auto write_dx = choose_input_gradients<T>(grad.x.dtype, dh_BND.dtype);
+  const auto write_dx_and_sums = choose_input_gradients<T, true>(grad.x.dtype, dh_BND.dtype);
+  const auto write_df = choose_input_gradients<T>(grad.branch.dtype, dh_BND.dtype);
   const bool dy_in_place = in_place<T>(dy_BND, D), h_in_place = in_place<T>(in.h, D);
 
   run_parallel(parallel_for, units, tiling.elements_each(Dp), [&](int64_t begin, int64_t end) {
     Scratch<T> local(2 * kRows + 2, Dp);
     T *dy_buffer = local.take(kRows), *h_buffer = local.take(kRows);
-    T *dw_sample = local.take(), *sum_sample = local.take();  // of one sample's rows: sums in two levels are the more accurate ones
+    T *dw_samples = local.take(), *sum_samples = local.take();  // of two samples' rows: sums in two levels are the more accurate ones
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t n0 = tiling.first_row(unit), rows = tiling.rows(unit);
       T* dw = dw_units ? dw_units + unit * Dp : nullptr;
       T* sum = !sums ? nullptr : dy_sums + (by_token ? tiling.slice_of(unit) * N + n0 : unit) * Dp;
       if (dw) zero_rows(dw, 1, Dp);
       if (sum) zero_rows(sum, by_token ? rows : 1, Dp);
-      tiling.visit(unit, [&](Block at, Block next) {
-        for (int r = 0; r < next.rows; ++r) {
-          prefetch(dy_BND.at(next.b, next.n + r), D * bytes(dy_BND.dtype));
-          prefetch(in.h.at(next.b, next.n + r), D * bytes(in.h.dtype));
-          if (dh_BND) prefetch(dh_BND.at(next.b, next.n + r), D * bytes(dh_BND.dtype));
-          if (grad.x) prefetch<true>(grad.x.at(next.b, next.n + r), D * bytes(grad.x.dtype));
-        }
-        if (at.n == n0) {
-          if (dw) zero_rows(dw_sample, 1, Dp);
-          if (sum && !by_token) zero_rows(sum_sample, 1, Dp);
-        }
-        const void *dy_rows[kRows], *h_rows[kRows];
+      if (dw) zero_rows(dw_samples, 1, Dp);
+      if (sum) zero_rows(sum_samples, 1, Dp);
+      tiling.visit(unit, [&](Block at, bool last) {
+        void *dy_rows[kRows], *h_rows[kRows], *dh_rows[kRows], *dx_rows[kRows], *df_rows[kRows];
         const T *dy[kRows], *h[kRows];
         Moments<T> m[kRows];
         GradMeans<T> means[kRows];
+        T s[kRows], one[kRows];
+        at.pointers(dy_BND, dy_rows), at.pointers(in.h, h_rows), at.pointers(dh_BND, dh_rows);
+        at.pointers(grad.x, dx_rows), at.pointers(grad.branch, df_rows);
         for (int r = 0; r < at.rows; ++r) {
-          dy_rows[r] = dy_BND.at(at.b, at.n + r), h_rows[r] = in.h.at(at.b, at.n + r);
+          const int64_t i = at.b_of(r) * N + at.n_of(r);
+          m[r] = {m1[i], T(0), rstd[i]};
           dy[r] = dy_in_place ? static_cast<const T*>(dy_rows[r]) : dy_buffer + r * Dp;
           h[r] = h_in_place ? static_cast<const T*>(h_rows[r]) : h_buffer + r * Dp;
-          m[r] = {m1[at.b * N + at.n + r], T(0), rstd[at.b * N + at.n + r]};
+          s[r] = scale_of<T>(in.scale, at.b_of(r)), one[r] = T(1);
         }
         first_pass(at.rows, dy_in_place ? nullptr : dy_buffer, dy_rows, h_in_place ? nullptr : h_buffer, h_rows, w, m, means, D);
-        accumulate(at.rows, dy, h, m, dw ? dw_sample : nullptr, by_token ? sum + (at.n - n0) * Dp : sum ? sum_sample : nullptr,
-                   by_token ? Dp : 0, Dp);
-        if (grad.x) write_dx(at.rows, grad.x, dh_BND, at.b, at.n, dy, w, h, m, means, T(1), D);
-        if (grad.branch) write_df(at.rows, grad.branch, dh_BND, at.b, at.n, dy, w, h, m, means, scale_of<T>(in.scale, at.b), D);
-        if (at.n + at.rows == n0 + rows) {
-          if (dw) add_row(dw, dw_sample, Dp);
-          if (sum && !by_token) add_row(sum, sum_sample, Dp);
+        for (int r = 0; r < at.rows; r += at.samples) {  // a token at a time: its samples share a sum
+          T* const dw_token = dw ? dw_samples : nullptr;
+          T* const sum_token = by_token ? sum + (at.n_of(r) - n0) * Dp : sum ? sum_samples : nullptr;
+          if (grad.x && dw && sum) {
+            write_dx_and_sums(at.samples, dx_rows + r, dh_rows + r, dy + r, w, h + r, m + r, means + r, one, dw_token, sum_token, D);
+            continue;
+          }
+          accumulate(at.samples, dy + r, h + r, m + r, dw_token, sum_token, Dp);
+          if (grad.x) write_dx(at.samples, dx_rows + r, dh_rows + r, dy + r, w, h + r, m + r, means + r, one, nullptr, nullptr, D);
         }
+        if (grad.branch) write_df(at.rows, df_rows, dh_rows, dy, w, h, m, means, s, nullptr, nullptr, D);
+        if (!last) return;
+        if (dw) add_row(dw, dw_samples, Dp), zero_rows(dw_samples, 1, Dp);
+        if (sum && !by_token) add_row(sum, sum_samples, Dp), zero_rows(sum_samples, 1, Dp);
       });
     }
   });

@@ -30,7 +30,7 @@ const T* pool_addend(const Inputs& in, Scratch<T>& scratch, ParallelFor parallel
       for (int64_t n = block * kPosRows; n < min(P, (block + 1) * kPosRows); ++n) {
         Moments<T> m;
         const T* p = pos_row(in.pos, n, D, T(in.pos_eps), buffer, &m);
-        add_normalised<1>(sum, &p, &m, Dp);
+        add_normalised(1, sum, &p, &m, Dp);
       }
     }
   });
@@ -69,7 +69,8 @@ void pe_norm_pool_fwd(const Inputs& in, const PENormPoolOutputs& out, ParallelFo
     T *buffer = local.take(kRows), *block_sum = local.take(), *sample_sum = local.take();
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t b = unit / pieces, n0 = unit % pieces * piece, n1 = min(N, n0 + piece);
-      const T s = scale_of<T>(in.scale, b);
+      T s[kRows];
+      for (T& s_r : s) s_r = scale_of<T>(in.scale, b);
       T* sum = partials ? partials + unit * Dp : sample_sum;
       zero_rows(sum, 1, Dp);
       zero_rows(block_sum, 1, Dp);
@@ -77,13 +78,9 @@ void pe_norm_pool_fwd(const Inputs& in, const PENormPoolOutputs& out, ParallelFo
         const int rows = int(min(kRows, n1 - n));
         const T* h[kRows];
         Moments<T> m[kRows];
-        stream.get(rows, b, n, s, T(in.eps), buffer, h, m);
-        if (rows == kRows && n >= k) {
-          add_normalised<kRows>(block_sum, h, m, Dp);
-        } else {
-          for (int r = 0; r < rows; ++r)
-            if (n + r >= k) add_normalised<1>(block_sum, h + r, m + r, Dp);
-        }
+        stream.get({b, n, 1, rows}, s, T(in.eps), buffer, h, m);
+        const int skip = int(min(rows, max(0, k - n)));
+        add_normalised(rows - skip, block_sum, h + skip, m + skip, Dp);
         for (int r = 0; out.stats && r < rows; ++r) m1[b * N + n + r] = m[r].m1, rstd[b * N + n + r] = m[r].rstd;
         if ((n + rows) % kPoolRows == 0 || n + rows == n1) {
           add_row(sum, block_sum, Dp);
@@ -107,16 +104,17 @@ void pool_input_gradients(const Saved& in, View dout_BD, const T* w, const Gradi
   const int64_t Dp = padded<T>(D), pieces = ceil_div(N, kPoolRows);
   const T* m1 = static_cast<const T*>(in.stats.data);
   const T* rstd = m1 + B * N;
-  const auto first_pass = find_grad_means<T>(arithmetic_dtype<T>, in.h.dtype);
-  const auto write_dx = find_input_gradients<T>(grad.x.dtype, Dtype::absent);
-  const auto write_df = find_input_gradients<T>(grad.branch.dtype, Dtype::absent);
+  const auto first_pass = choose_grad_means<T>(arithmetic_dtype<T>, in.h.dtype);
+  const auto write_dx = choose_input_gradients<T>(grad.x.dtype, Dtype::absent);
+  const auto write_df = choose_input_gradients<T>(grad.branch.dtype, Dtype::absent);
   const bool h_in_place = in_place<T>(in.h, D);
   run_parallel(parallel_for, B * pieces, kPoolRows * Dp, [&](int64_t begin, int64_t end) {
     Scratch<T> local(kRows + 1, Dp);
     T *buffer = local.take(kRows), *dout = local.take();
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t b = unit / pieces, n0 = unit % pieces * kPoolRows, n1 = min(N, n0 + kPoolRows);
-      const T s = scale_of<T>(in.scale, b);
+      T s[kRows], one[kRows];
+      for (int r = 0; r < kRows; ++r) s[r] = scale_of<T>(in.scale, b), one[r] = T(1);
       zero_rows(dout, 1, Dp);
       read_row(dout, dout_BD, b, D);
       over_padded<T>(Dp, [&](int64_t i) { store(dout + i, load<T>(dout + i) * Vec<T>(T(1) / T(N - k))); });
@@ -126,19 +124,20 @@ void pool_input_gradients(const Saved& in, View dout_BD, const T* w, const Gradi
       }
       for (int64_t n = max(n0, k); n < n1; n += kRows) {
         const int rows = int(min(kRows, n1 - n));
-        const void *dy_rows[kRows], *h_rows[kRows];
+        const Block at{b, n, 1, rows};
+        void *dy_rows[kRows], *h_rows[kRows], *dh_rows[kRows], *dx_rows[kRows], *df_rows[kRows];
         const T *dy[kRows], *h[kRows];
         Moments<T> m[kRows];
         GradMeans<T> means[kRows];
+        at.pointers(in.h, h_rows), at.pointers({}, dh_rows), at.pointers(grad.x, dx_rows), at.pointers(grad.branch, df_rows);
         for (int r = 0; r < rows; ++r) {
-          dy_rows[r] = dy[r] = dout;
-          h_rows[r] = in.h.at(b, n + r);
+          dy_rows[r] = dout, dy[r] = dout;
           h[r] = h_in_place ? static_cast<const T*>(h_rows[r]) : buffer + r * Dp;
           m[r] = {m1[b * N + n + r], T(0), rstd[b * N + n + r]};
         }
         first_pass(rows, nullptr, dy_rows, h_in_place ? nullptr : buffer, h_rows, w, m, means, D);
-        if (grad.x) write_dx(rows, grad.x, {}, b, n, dy, w, h, m, means, T(1), D);
-        if (grad.branch) write_df(rows, grad.branch, {}, b, n, dy, w, h, m, means, s, D);
+        if (grad.x) write_dx(rows, dx_rows, dh_rows, dy, w, h, m, means, one, nullptr, nullptr, D);
+        if (grad.branch) write_df(rows, df_rows, dh_rows, dy, w, h, m, means, s, nullptr, nullptr, D);
       }
     }
   });

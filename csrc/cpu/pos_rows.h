@@ -18,7 +18,7 @@ MPVG_INLINE const T* pos_row(const View& pos, int64_t n, int64_t D, T eps, T* bu
   Sum<T> sum;
   over_padded<T>(padded<T>(D), [&](int64_t i) { sum.add(load<T>(p + i)); });
   const T total = sum.total();
-  find_moments_of<1>(&p, p == buffer ? buffer : nullptr, &total, D, padded<T>(D), eps, m);
+  find_moments(1, &p, p == buffer ? buffer : nullptr, &total, D, eps, m);
   return p;
 }
 
@@ -35,7 +35,8 @@ void pos_forward(const Inputs& in, const View& pos_out, const T* b, T* table, Sc
       Moments<T> m;
       const T* p = pos_row(in.pos, n, D, T(in.pos_eps), buffer, &m);
       T* t = table + n * Dp;
-      affine<1, T, T>({t, arithmetic_dtype<T>}, 0, 0, &p, &m, wp, &bp, Dp);
+      void* t_row = t;
+      affine_rows<T, T>(1, &t_row, &p, &m, wp, &bp, Dp);
       write_row(pos_out, n, t, D);
       add_row(t, b, Dp);
     }
@@ -48,12 +49,13 @@ MPVG_INLINE void pos_backward(const Saved& in, const View& dpos, const T* wp, in
   const int64_t D = in.shape.D;
   Moments<T> m;
   const T* p = pos_row(in.pos, n, D, T(in.pos_eps), buffer, &m);
-  accumulate_of<1>(&dp_out, &p, &m, dwp, dbp, 0, padded<T>(D));
+  accumulate(1, &dp_out, &p, &m, dwp, dbp, padded<T>(D));
   if (!dpos) return;
   GradMeans<T> k;
-  const void *dp_row = dp_out, *p_row = p;
-  find_grad_means_of<1, T, T, T>(nullptr, &dp_row, nullptr, &p_row, wp, &m, &k, D);
-  find_input_gradients<T>(dpos.dtype, Dtype::absent)(1, dpos, {}, 0, n, &dp_out, wp, &p, &m, &k, T(1), D);
+  const T one(1);
+  void *dp_row = const_cast<T*>(dp_out), *p_row = const_cast<T*>(p), *dpos_row = dpos.at(0, n), *no_row = nullptr;
+  find_grad_means<T, T, T>(1, nullptr, &dp_row, nullptr, &p_row, wp, &m, &k, D);
+  choose_input_gradients<T>(dpos.dtype, Dtype::absent)(1, &dpos_row, &no_row, &dp_out, wp, &p, &m, &k, &one, nullptr, nullptr, D);
 }
 
 // out = the sum of `count` rows, `stride` apart. In double: the number of terms has no bound.

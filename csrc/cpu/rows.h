@@ -8,9 +8,14 @@
 
 namespace mpvg::MPVG_ISA {
 
-// Rows that go through each loop together: their reductions are independent, which hides the latency of the sums across lanes, and
-// what is added up over rows is loaded and stored once for all of them.
+// Rows that go through each pass together: so much time lies between a prefetch and its use, and the buffers stay in L1.
 constexpr int kRows = 4;
+// Of these, R = 2 at a time go through a loop: two chains of additions hide some of their latency, and w and dw are loaded once for both.
+// Four would run out of general registers for the rows' addresses (tried: a fifth of the instructions were then reloads).
+template <int R>
+struct Together {
+  static constexpr int rows = R;
+};
 
 template <class T>
 MPVG_INLINE int64_t padded(int64_t D) {
@@ -94,6 +99,10 @@ template <class X>
 struct Promote<X, None> {
   using type = X;
 };
+template <>
+struct Promote<None, None> {
+  using type = float;
+};
 
 template <class T>
 constexpr Dtype arithmetic_dtype = sizeof(T) == 8 ? Dtype::f64 : Dtype::f32;
@@ -149,268 +158,264 @@ MPVG_INLINE void add_row(T* dst, const T* src, int64_t Dp) {
   over_padded<T>(Dp, [&](int64_t i) MPVG_LAMBDA { store(dst + i, load<T>(dst + i) + load<T>(src + i)); });
 }
 
+// f(r, Together<2>) for pairs of rows, f(r, Together<1>) for the odd one, and for all rows if D is ragged: only there do loops have ends.
+template <class T, class F>
+MPVG_INLINE void in_pairs(int rows, int64_t D, F f) {
+  int r = 0;
+  if (D % Vec<T>::lanes == 0)
+    for (; r + 2 <= rows; r += 2) f(r, Together<2>{});
+  for (; r < rows; ++r) f(r, Together<1>{});
+}
+template <int R, class T, class F>
+MPVG_INLINE void over(int64_t D, F f) {
+  if constexpr (R == 1) {
+    over_row<T>(D, f);
+  } else {
+    over_padded<T>(D, [&](int64_t i) MPVG_LAMBDA { f(i, Whole{}); });
+  }
+}
+
 // Loops over several rows keep what they need of each in registers: copies that no store can be suspected to change.
 template <int R, class E>
 struct Each {
   E of[R];
-  MPVG_INLINE E operator[](int r) const { return of[r]; }
+  MPVG_INLINE E& operator[](int r) { return of[r]; }
+  MPVG_INLINE const E& operator[](int r) const { return of[r]; }
 };
 template <int R, class E>
 MPVG_INLINE Each<R, E> each(const E* p) {
   Each<R, E> e;
-  for (int r = 0; r < R; ++r) e.of[r] = p[r];
+  for (int r = 0; r < R; ++r) e[r] = p[r];
   return e;
 }
+// The same for rows of E, which is not known where they are chosen.
 template <int R, class E>
-MPVG_INLINE Each<R, E*> row_pointers(const View& v, int64_t b, int64_t n) {
+MPVG_INLINE Each<R, E*> rows_of(void* const* p) {
   Each<R, E*> e;
-  for (int r = 0; r < R; ++r) e.of[r] = static_cast<E*>(v.at(b, n + r));
+  for (int r = 0; r < R; ++r) e[r] = static_cast<E*>(p[r]);
   return e;
 }
+template <class E, class T>
+constexpr bool narrow = sizeof(E) < sizeof(T);
 
-// ---- forward: h = x + s * f, its moments, y = hhat * w + t ----
-
-// R rows of the stream, n on, of sample b, first pass: h is rounded to its dtype; sum[r] = sum(h) of h as stored. `buffer` is null if x is
-// used in place, h absent if it is not kept.
-template <int R, class T, class X, class F>
-MPVG_INLINE void join(T* buffer, int64_t Dp, const View& x_BND, const View& f_BND, const View& h_BND, int64_t b, int64_t n, T s, int64_t D, T* sum) {
-  using H = typename Promote<X, F>::type;
-  const auto x = row_pointers<R, const X>(x_BND, b, n);
-  const auto f = row_pointers<R, const F>(f_BND, b, n);
-  const auto h = row_pointers<R, H>(h_BND, b, n);
-  const bool keep = bool(h_BND);
-  Sum<T> sums[R];
-  over_row<T>(D, [&](int64_t i, auto size) MPVG_LAMBDA {
-    for (int r = 0; r < R; ++r) {
-      Vec<T> v = load<T>(x[r] + i, size);
-      if constexpr (!__is_same(F, None)) {
-        v = fma(Vec<T>(s), load<T>(f[r] + i, size), v);
-        if (keep) store(h[r] + i, v, size);
-        if constexpr (sizeof(H) < sizeof(T)) v = rounded<H>(v);
-      }
-      sums[r].add(v);
-      if (buffer) store(buffer + r * Dp + i, v);
-    }
-  });
-  for (int r = 0; r < R; ++r) sum[r] = sums[r].total();
-}
-
-// Rows of the stream h, from x and the branch.
-template <class T>
-struct Stream {
-  View x, f, h;
-  int64_t D, Dp;
-  bool direct;
-  void (*join_rows)(int, T*, const Stream&, int64_t, int64_t, T, T*);
-
-  Stream(const Inputs& in, const View& h)
-      : x(in.x), f(in.branch), h(h), D(in.shape.D), Dp(padded<T>(D)), direct(!f && in_place<T>(x, D)) {
-    with_dtype<T>(x.dtype, [&](auto x_type) {
-      with_optional_dtype<T>(f.dtype, [&](auto f_type) {
-        using X = typename decltype(x_type)::type;
-        using F = typename decltype(f_type)::type;
-        join_rows = [](int rows, T* buffer, const Stream& t, int64_t b, int64_t n, T s, T* sum) {
-          if (rows == kRows) return join<kRows, T, X, F>(buffer, t.Dp, t.x, t.f, t.h, b, n, s, t.D, sum);
-          for (int r = 0; r < rows; ++r)
-            join<1, T, X, F>(buffer ? buffer + r * t.Dp : buffer, t.Dp, t.x, t.f, t.h, b, n + r, s, t.D, sum + r);
-        };
-      });
-    });
-  }
-  // v[r], m[r]: row n + r of sample b, in place or in `buffer`, and its moments.
-  MPVG_INLINE void get(int rows, int64_t b, int64_t n, T s, T eps, T* buffer, const T** v, Moments<T>* m) const {
-    T sum[kRows];
-    join_rows(rows, direct ? nullptr : buffer, *this, b, n, s, sum);
-    for (int r = 0; r < rows; ++r) v[r] = direct ? static_cast<const T*>(x.at(b, n + r)) : buffer + r * Dp;
-    find_moments(rows, v, direct ? nullptr : buffer, sum, D, Dp, eps, m);
-  }
-  MPVG_INLINE void prefetch_row(int64_t b, int64_t n) const {
-    prefetch(x.at(b, n), D * bytes(x.dtype));
-    if (f) prefetch(f.at(b, n), D * bytes(f.dtype));
-    if (h) prefetch<true>(h.at(b, n), D * bytes(h.dtype));
+// Rows that are passed through together, of `samples` samples from b on and as many tokens from n on as fit: first all samples' row n, then
+// all samples' row n + 1. Neighbours so share what belongs to a token (its PE, its sum of dy), and each sample is still read in order.
+struct Block {
+  int64_t b, n;
+  int samples, rows;
+  MPVG_INLINE int64_t b_of(int r) const { return b + r % samples; }
+  MPVG_INLINE int64_t n_of(int r) const { return n + r / samples; }
+  MPVG_INLINE void pointers(const View& v, void** p) const {
+    for (int r = 0; r < rows; ++r) p[r] = v ? v.at(b_of(r), n_of(r)) : nullptr;
   }
 };
 
-// The moments of R rows, given their sums. Rows in a buffer are padded with m1, so that c is 0 there.
-template <int R, class T>
-MPVG_INLINE void find_moments_of(const T* const* rows, T* buffer, const T* sum, int64_t D, int64_t Dp, T eps, Moments<T>* m) {
-  const auto v = each<R>(rows);
+// ---- forward: h = x + s * f, its moments, y = hhat * w + t ----
+
+// First pass over rows of the stream. h is rounded to its dtype and kept, unless its rows are null; sum[r] = sum(h), of h as stored. buffer is
+// null if x is used in place.
+template <class T, class X, class F>
+void join_rows(int rows, T* buffer, void* const* x_rows, void* const* f_rows, void* const* h_rows, const T* scales, int64_t D, T* sum) {
+  using H = typename Promote<X, F>::type;
+  constexpr bool joined = !__is_same(F, None);
+  using F_ = typename Promote<F, None>::type;  // F itself
+  const int64_t Dp = padded<T>(D);
+  in_pairs<T>(rows, D, [&](int r0, auto together) MPVG_LAMBDA {
+    constexpr int R = decltype(together)::rows;
+    const auto x = rows_of<R, const X>(x_rows + r0);
+    const auto f = rows_of<R, const F_>(f_rows + r0);
+    const auto h = rows_of<R, H>(h_rows + r0);
+    const auto s = each<R>(scales + r0);
+    const bool keep = h[0];
+    T* const v = buffer + r0 * Dp;
+    Sum<T> sums[R];
+    over<R, T>(D, [&](int64_t i, auto size) MPVG_LAMBDA {
+      for (int r = 0; r < R; ++r) {
+        Vec<T> v_i = load<T>(x[r] + i, size);
+        if constexpr (joined) {
+          v_i = fma(Vec<T>(s[r]), load<T>(f[r] + i, size), v_i);
+          if (keep) store(h[r] + i, v_i, size);
+          if constexpr (narrow<H, T>) v_i = rounded<H>(v_i);
+        }
+        sums[r].add(v_i);
+        if (joined || narrow<X, T> || (R == 1 && buffer)) store(v + r * Dp + i, v_i);
+      }
+    });
+    for (int r = 0; r < R; ++r) sum[r0 + r] = sums[r].total();
+  });
+}
+
+// The moments of rows, given their sums. Rows in a buffer are padded with m1, so that c is 0 there.
+template <class T>
+MPVG_INLINE void find_moments(int rows, const T* const* v_rows, T* buffer, const T* sum, int64_t D, T eps, Moments<T>* m) {
   const T inv_D = T(1) / T(D);
-  Sum<T> s[R], ss[R];
-  T m1[R];
-  for (int r = 0; r < R; ++r) {
-    m1[r] = sum[r] * inv_D;
-    for (int64_t i = D; buffer && i < Dp; ++i) buffer[r * Dp + i] = m1[r];
-  }
-  over_padded<T>(Dp, [&](int64_t i) MPVG_LAMBDA {
+  const int64_t Dp = padded<T>(D);
+  in_pairs<T>(rows, D, [&](int r0, auto together) MPVG_LAMBDA {
+    constexpr int R = decltype(together)::rows;
+    const auto v = each<R>(v_rows + r0);
+    auto m1 = each<R>(sum + r0);
+    Sum<T> s[R], ss[R];
     for (int r = 0; r < R; ++r) {
-      const Vec<T> c = load<T>(v[r] + i) - Vec<T>(m1[r]);
-      s[r].add(c);             // sum(c)
-      ss[r].add_product(c, c);  // sum(c^2)
+      m1[r] *= inv_D;
+      for (int64_t i = D; buffer && i < Dp; ++i) buffer[(r0 + r) * Dp + i] = m1[r];
     }
-  });
-  for (int r = 0; r < R; ++r) m[r] = moments(m1[r], s[r].total(), ss[r].total(), inv_D, eps);
-}
-template <class T>
-MPVG_INLINE void find_moments(int rows, const T* const* v, T* buffer, const T* sum, int64_t D, int64_t Dp, T eps, Moments<T>* m) {
-  if (rows == kRows) return find_moments_of<kRows>(v, buffer, sum, D, Dp, eps, m);
-  for (int r = 0; r < rows; ++r) find_moments_of<1>(v + r, buffer ? buffer + r * Dp : buffer, sum + r, D, Dp, eps, m + r);
-}
-
-// y = vhat * w + t, of rows n on of sample b
-template <int R, class T, class Y>
-MPVG_INLINE void affine(const View& y_BND, int64_t b, int64_t n, const T* const* rows, const Moments<T>* moments, const T* w,
-                        const T* const* addends, int64_t D) {
-  const auto y = row_pointers<R, Y>(y_BND, b, n);
-  const auto v = each<R>(rows), t = each<R>(addends);
-  const auto m = each<R>(moments);
-  over_row<T>(D, [&](int64_t i, auto size) MPVG_LAMBDA {
-    const Vec<T> w_i = load<T>(w + i);
-    for (int r = 0; r < R; ++r) store(y[r] + i, fma(normalised(load<T>(v[r] + i), m[r]), w_i, load<T>(t[r] + i)), size);
-  });
-}
-template <class T>
-using Affine = void (*)(int, const View&, int64_t, int64_t, const T* const*, const Moments<T>*, const T*, const T* const*, int64_t);
-
-template <class T>
-Affine<T> find_affine(Dtype y) {
-  return with_dtype<T>(y, [](auto y) -> Affine<T> {
-    using Y = typename decltype(y)::type;
-    return [](int rows, const View& y_BND, int64_t b, int64_t n, const T* const* v, const Moments<T>* m, const T* w, const T* const* t, int64_t D) {
-      if (rows == kRows) return affine<kRows, T, Y>(y_BND, b, n, v, m, w, t, D);
-      for (int r = 0; r < rows; ++r) affine<1, T, Y>(y_BND, b, n + r, v + r, m + r, w, t + r, D);
-    };
+    over_padded<T>(Dp, [&](int64_t i) MPVG_LAMBDA {
+      for (int r = 0; r < R; ++r) {
+        const Vec<T> c = load<T>(v[r] + i) - Vec<T>(m1[r]);
+        s[r].add(c);              // sum(c)
+        ss[r].add_product(c, c);  // sum(c^2)
+      }
+    });
+    for (int r = 0; r < R; ++r) m[r0 + r] = moments(m1[r], s[r].total(), ss[r].total(), inv_D, eps);
   });
 }
 
-// sum += vhat, of R rows
-template <int R, class T>
-MPVG_INLINE void add_normalised(T* sum, const T* const* rows, const Moments<T>* moments, int64_t Dp) {
-  const auto v = each<R>(rows);
-  const auto m = each<R>(moments);
-  over_padded<T>(Dp, [&](int64_t i) MPVG_LAMBDA {
-    Vec<T> a = load<T>(sum + i);
-    for (int r = 0; r < R; ++r) a = a + normalised(load<T>(v[r] + i), m[r]);
-    store(sum + i, a);
+// Last pass:  y = vhat * w + t
+template <class T, class Y>
+void affine_rows(int rows, void* const* y_rows, const T* const* v_rows, const Moments<T>* moments, const T* w,
+                 const T* const* addends, int64_t D) {
+  in_pairs<T>(rows, D, [&](int r0, auto together) MPVG_LAMBDA {
+    constexpr int R = decltype(together)::rows;
+    const auto y = rows_of<R, Y>(y_rows + r0);
+    const auto v = each<R>(v_rows + r0), t = each<R>(addends + r0);
+    const auto m = each<R>(moments + r0);
+    over<R, T>(D, [&](int64_t i, auto size) MPVG_LAMBDA {
+      for (int r = 0; r < R; ++r)
+        store(y[r] + i, fma(normalised(load<T>(v[r] + i), m[r]), load<T>(w + i), load<T>(t[r] + i)), size);
+    });
+  });
+}
+
+// The joined stream, row by row, and its moments.
+template <class T>
+struct Stream {
+  View x, f, h;
+  int64_t D;
+  bool direct;
+  decltype(&join_rows<T, T, None>) join;
+
+  Stream(const Inputs& in, const View& h) : x(in.x), f(in.branch), h(h), D(in.shape.D), direct(!f && in_place<T>(x, D)) {
+    with_dtype<T>(x.dtype, [&](auto x_type) {
+      with_optional_dtype<T>(f.dtype, [&](auto f_type) {
+        join = join_rows<T, typename decltype(x_type)::type, typename decltype(f_type)::type>;
+      });
+    });
+  }
+  // The block's rows v, in place or in `buffer`, and their moments m.
+  MPVG_INLINE void get(Block at, const T* s, T eps, T* buffer, const T** v, Moments<T>* m) const {
+    void *x_rows[kRows], *f_rows[kRows], *h_rows[kRows];
+    T sum[kRows];
+    at.pointers(x, x_rows), at.pointers(f, f_rows), at.pointers(h, h_rows);
+    if (direct) buffer = nullptr;
+    join(at.rows, buffer, x_rows, f_rows, h_rows, s, D, sum);
+    for (int r = 0; r < at.rows; ++r) v[r] = direct ? static_cast<const T*>(x_rows[r]) : buffer + r * padded<T>(D);
+    find_moments(at.rows, v, buffer, sum, D, eps, m);
+  }
+};
+
+// sum += vhat, over rows
+template <class T>
+MPVG_INLINE void add_normalised(int rows, T* sum, const T* const* v_rows, const Moments<T>* moments, int64_t Dp) {
+  in_pairs<T>(rows, Dp, [&](int r0, auto together) MPVG_LAMBDA {
+    constexpr int R = decltype(together)::rows;
+    const auto v = each<R>(v_rows + r0);
+    const auto m = each<R>(moments + r0);
+    over_padded<T>(Dp, [&](int64_t i) MPVG_LAMBDA {
+      Vec<T> a = load<T>(sum + i);
+      for (int r = 0; r < R; ++r) a = a + normalised(load<T>(v[r] + i), m[r]);
+      store(sum + i, a);
+    });
   });
 }
 
 // ---- backward: dv = s * (dh + rstd * (g - mean(g) - vhat * mean(g * vhat))), g = dy * w ----
 
-// First pass over R rows v whose m1 and rstd are known: brings dy and v into their buffers (null: they are used in place), finds m2 and the
-// means. dy and v point to the rows, in their dtypes.
-template <int R, class T, class G, class V>
-MPVG_INLINE void find_grad_means_of(T* dy_buffer, const void* const* dy_rows, T* v_buffer, const void* const* v_rows, const T* w,
-                                    Moments<T>* moments, GradMeans<T>* k, int64_t D) {
+// First pass over rows v whose m1 and rstd are known: brings dy and v into their buffers (null: used in place), finds m2 and the means. dy and
+// v point to the rows, of G and V.
+template <class T, class G, class V>
+void find_grad_means(int rows, T* dy_buffer, void* const* dy_rows, T* v_buffer, void* const* v_rows, const T* w,
+                     Moments<T>* moments, GradMeans<T>* means, int64_t D) {
   const int64_t Dp = padded<T>(D);
-  const auto dy = each<R>(dy_rows), v = each<R>(v_rows);
-  auto m = each<R>(moments);
-  Sum<T> s_c[R], s_g[R], s_gc[R];
-  over_row<T>(D, [&](int64_t i, auto size) MPVG_LAMBDA {
-    const Vec<T> w_i = load<T>(w + i);
-    for (int r = 0; r < R; ++r) {
-      const Vec<T> dy_i = load<T>(static_cast<const G*>(dy[r]) + i, size);
-      const Vec<T> v_i = load<T>(static_cast<const V*>(v[r]) + i, size, m[r].m1);  // padded with m1, so that c is 0 there
-      const Vec<T> c = v_i - Vec<T>(m[r].m1), g = dy_i * w_i;
-      s_c[r].add(c);             // sum(c)
-      s_g[r].add(g);             // sum(g)
-      s_gc[r].add_product(g, c);  // sum(g * c)
-      if (dy_buffer) store(dy_buffer + r * Dp + i, dy_i);
-      if (v_buffer) store(v_buffer + r * Dp + i, v_i);
-    }
-  });
   const T inv_D = T(1) / T(D);
-  for (int r = 0; r < R; ++r) {
-    moments[r].m2 = s_c[r].total() * inv_D;
-    k[r] = grad_means(moments[r], s_g[r].total(), s_gc[r].total(), inv_D);
-  }
-}
-template <class T>
-using FindGradMeans = void (*)(int, T*, const void* const*, T*, const void* const*, const T*, Moments<T>*, GradMeans<T>*, int64_t);
-
-template <class T>
-FindGradMeans<T> find_grad_means(Dtype dy, Dtype v) {
-  return with_dtype<T>(dy, [&](auto g) {
-    return with_dtype<T>(v, [&](auto v) -> FindGradMeans<T> {
-      using G = typename decltype(g)::type;
-      using V = typename decltype(v)::type;
-      return [](int rows, T* dy_buffer, const void* const* dy, T* v_buffer, const void* const* v, const T* w, Moments<T>* m, GradMeans<T>* k, int64_t D) {
-        if (rows == kRows) return find_grad_means_of<kRows, T, G, V>(dy_buffer, dy, v_buffer, v, w, m, k, D);
-        for (int r = 0; r < rows; ++r) {
-          const int64_t at = r * padded<T>(D);
-          find_grad_means_of<1, T, G, V>(dy_buffer ? dy_buffer + at : dy_buffer, dy + r, v_buffer ? v_buffer + at : v_buffer, v + r, w, m + r, k + r, D);
-        }
-      };
+  in_pairs<T>(rows, D, [&](int r0, auto together) MPVG_LAMBDA {
+    constexpr int R = decltype(together)::rows;
+    const auto dy = rows_of<R, const G>(dy_rows + r0);
+    const auto v = rows_of<R, const V>(v_rows + r0);
+    const auto m = each<R>(moments + r0);
+    T *const dy_out = dy_buffer + r0 * Dp, *const v_out = v_buffer + r0 * Dp;
+    Sum<T> s_c[R], s_g[R], s_gc[R];
+    over<R, T>(D, [&](int64_t i, auto size) MPVG_LAMBDA {
+      for (int r = 0; r < R; ++r) {
+        const Vec<T> dy_i = load<T>(dy[r] + i, size), v_i = load<T>(v[r] + i, size, m[r].m1);  // ends are padded so that c is 0
+        const Vec<T> c = v_i - Vec<T>(m[r].m1), g = dy_i * load<T>(w + i);
+        s_c[r].add(c);              // sum(c)
+        s_g[r].add(g);              // sum(g)
+        s_gc[r].add_product(g, c);  // sum(g * c)
+        if (narrow<G, T> || (R == 1 && dy_buffer)) store(dy_out + r * Dp + i, dy_i);
+        if (narrow<V, T> || (R == 1 && v_buffer)) store(v_out + r * Dp + i, v_i);
+      }
     });
-  });
-}
-
-// Last pass: R rows dv, in their dtype. DH may be None.
-template <int R, class T, class DV, class DH>
-MPVG_INLINE void input_gradients(const View& dv_BND, const View& dh_BND, int64_t b, int64_t n, const T* const* dy_rows, const T* w,
-                                 const T* const* v_rows, const Moments<T>* moments, const GradMeans<T>* means, T s, int64_t D) {
-  const auto dv = row_pointers<R, DV>(dv_BND, b, n);
-  const auto dh = row_pointers<R, const DH>(dh_BND, b, n);
-  const auto dy = each<R>(dy_rows), v = each<R>(v_rows);
-  const auto m = each<R>(moments);
-  const auto k = each<R>(means);
-  over_row<T>(D, [&](int64_t i, auto size) MPVG_LAMBDA {
-    const Vec<T> w_i = load<T>(w + i);
     for (int r = 0; r < R; ++r) {
-      const Vec<T> g = load<T>(dy[r] + i) * w_i;
-      Vec<T> d = input_gradient(g, normalised(load<T>(v[r] + i), m[r]), m[r], k[r]);
-      if constexpr (!__is_same(DH, None)) d = d + load<T>(dh[r] + i, size);
-      store(dv[r] + i, Vec<T>(s) * d, size);
+      moments[r0 + r].m2 = s_c[r].total() * inv_D;
+      means[r0 + r] = grad_means(moments[r0 + r], s_g[r].total(), s_gc[r].total(), inv_D);
     }
   });
 }
 template <class T>
-using InputGradients = void (*)(int, const View&, const View&, int64_t, int64_t, const T* const*, const T*, const T* const*, const Moments<T>*,
-                                const GradMeans<T>*, T, int64_t);
+auto choose_grad_means(Dtype dy, Dtype v) {
+  return with_dtype<T>(dy, [&](auto g_type) {
+    return with_dtype<T>(v, [&](auto v_type) { return &find_grad_means<T, typename decltype(g_type)::type, typename decltype(v_type)::type>; });
+  });
+}
 
-template <class T>
-InputGradients<T> find_input_gradients(Dtype dv, Dtype dh) {
+// Last pass: dv in its dtype, from dh (dtype DH, which may be None). The sums over rows may go along, if both are wanted:
+// dw += dy * vhat;  sum += dy.
+template <class T, class DV, class DH, bool Sums>
+void input_gradients(int rows, void* const* dv_rows, void* const* dh_rows, const T* const* dy_rows, const T* w, const T* const* v_rows,
+                     const Moments<T>* moments, const GradMeans<T>* means, const T* scales, T* dw, T* sum, int64_t D) {
+  constexpr bool has_dh = !__is_same(DH, None);
+  using DH_ = typename Promote<DH, None>::type;
+  in_pairs<T>(rows, D, [&](int r0, auto together) MPVG_LAMBDA {
+    constexpr int R = decltype(together)::rows;
+    const auto dv = rows_of<R, DV>(dv_rows + r0);
+    const auto dh = rows_of<R, const DH_>(dh_rows + r0);
+    const auto dy = each<R>(dy_rows + r0), v = each<R>(v_rows + r0);
+    const auto m = each<R>(moments + r0);
+    const auto k = each<R>(means + r0);
+    const auto s = each<R>(scales + r0);
+    over<R, T>(D, [&](int64_t i, auto size) MPVG_LAMBDA {
+      Vec<T> dw_i, sum_i;
+      if constexpr (Sums) dw_i = load<T>(dw + i), sum_i = load<T>(sum + i);
+      for (int r = 0; r < R; ++r) {
+        const Vec<T> dy_i = load<T>(dy[r] + i), vhat = normalised(load<T>(v[r] + i), m[r]);
+        Vec<T> d = input_gradient(dy_i * load<T>(w + i), vhat, m[r], k[r]);
+        if constexpr (has_dh) d = d + load<T>(dh[r] + i, size);
+        store(dv[r] + i, Vec<T>(s[r]) * d, size);
+        if constexpr (Sums) dw_i = fma(dy_i, vhat, dw_i), sum_i = sum_i + dy_i;
+      }
+      if constexpr (Sums) store(dw + i, dw_i), store(sum + i, sum_i);
+    });
+  });
+}
+template <class T, bool Sums = false>
+auto choose_input_gradients(Dtype dv, Dtype dh) {
   return with_dtype<T>(dv, [&](auto v) {
-    return with_optional_dtype<T>(dh, [&](auto h) -> InputGradients<T> {
-      using DV = typename decltype(v)::type;
-      using DH = typename decltype(h)::type;
-      return [](int rows, const View& dv, const View& dh, int64_t b, int64_t n, const T* const* dy, const T* w, const T* const* v,
-                const Moments<T>* m, const GradMeans<T>* k, T s, int64_t D) {
-        if (rows == kRows) return input_gradients<kRows, T, DV, DH>(dv, dh, b, n, dy, w, v, m, k, s, D);
-        for (int r = 0; r < rows; ++r) input_gradients<1, T, DV, DH>(dv, dh, b, n + r, dy + r, w, v + r, m + r, k + r, s, D);
-      };
+    return with_optional_dtype<T>(dh, [&](auto h) {
+      return &input_gradients<T, typename decltype(v)::type, typename decltype(h)::type, Sums>;
     });
   });
 }
 
-// For R rows:  dw += dy * vhat;  sum[r * stride] += dy.  Either may be null. Stride 0 adds all R rows to one.
-template <int R, class T>
-MPVG_INLINE void accumulate_of(const T* const* dy_rows, const T* const* v_rows, const Moments<T>* moments, T* dw, T* sum, int64_t stride, int64_t Dp) {
-  if (!dw && !sum) return;
-  const auto dy = each<R>(dy_rows), v = each<R>(v_rows);
-  const auto m = each<R>(moments);
-  over_padded<T>(Dp, [&](int64_t i) MPVG_LAMBDA {
-    Vec<T> g[R];
-    for (int r = 0; r < R; ++r) g[r] = load<T>(dy[r] + i);
-    if (dw) {
-      Vec<T> a = load<T>(dw + i);
-      for (int r = 0; r < R; ++r) a = fma(g[r], normalised(load<T>(v[r] + i), m[r]), a);
-      store(dw + i, a);
-    }
-    if (!sum) return;
-    if (stride) {
-      for (int r = 0; r < R; ++r) store(sum + r * stride + i, load<T>(sum + r * stride + i) + g[r]);
-    } else {
-      Vec<T> a = load<T>(sum + i);
-      for (int r = 0; r < R; ++r) a = a + g[r];
-      store(sum + i, a);
-    }
-  });
-}
+// The sums alone, either of which may be null.
 template <class T>
-MPVG_INLINE void accumulate(int rows, const T* const* dy, const T* const* v, const Moments<T>* m, T* dw, T* sum, int64_t stride, int64_t Dp) {
-  if (rows == kRows) return accumulate_of<kRows>(dy, v, m, dw, sum, stride, Dp);
-  for (int r = 0; r < rows; ++r) accumulate_of<1>(dy + r, v + r, m + r, dw, sum ? sum + r * stride : sum, stride, Dp);
+MPVG_INLINE void accumulate(int rows, const T* const* dy, const T* const* v, const Moments<T>* m, T* dw, T* sum, int64_t Dp) {
+  for (int r = 0; r < rows; ++r) {
+    if (sum) add_row(sum, dy[r], Dp);
+    if (!dw) continue;
+    over_padded<T>(Dp, [&](int64_t i) MPVG_LAMBDA {
+      store(dw + i, fma(load<T>(dy[r] + i), normalised(load<T>(v[r] + i), m[r]), load<T>(dw + i)));
+    });
+  }
 }
 
 }  // namespace mpvg::MPVG_ISA

@@ -19,10 +19,7 @@ import torch.nn.functional as F
 from timm.scheduler import create_scheduler_v2
 from torch import Tensor, nn
 
-from .. import (
-    backends,
-    models,  # noqa: F401  (registers the mpvg models in timm)
-)
+from .. import backends
 from . import InputError, TrainingError, near_matches
 from .checkpoint import WEIGHTS, RunFolder, machine
 from .config import Config, from_dict, to_dict

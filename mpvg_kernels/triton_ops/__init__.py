@@ -1,7 +1,7 @@
 """The `triton` backend. Importing it registers its kernels as the `_triton` operators of the `mpvg` library.
 
-For CUDA tensors; for CPU tensors too, where TRITON_INTERPRET=1 makes Triton run kernels in its interpreter (set it before the
-import): slow, and bf16 results are truncated instead of rounded there, but the same code.
+For CUDA tensors; for CPU tensors too, where TRITON_INTERPRET=1 (set before the import) makes Triton run kernels in its
+interpreter: slow, and bf16 results are truncated there instead of rounded, but it is the same code.
 """
 
 import torch

@@ -1,9 +1,10 @@
 """Triton kernels of `pe_layer_norm`: h = x + s[b] f, y = LN(h; w, b) + p' with p' = LN(pos; w', b').
 
-Forward. A program owns a tile of token positions and a slice of the batch. It loads w, b and its tile of pos once, keeps p' + b in
-registers and walks over its samples: x in, y out, nothing else touches memory.
+Forward. A program owns a tile of token positions and a slice of the batch. It loads w, b and its tile of pos once,
+keeps p' + b in registers and walks over its samples: x in, y out, nothing else touches memory.
 
-Backward. With vhat = (v - mean(v)) * rstd(v) and g = dy * w, LayerNorm's Jacobian is I less the projections on 1 and on vhat:
+Backward. With vhat = (v - mean(v)) * rstd(v) and g = dy * w, LayerNorm's Jacobian is I less the projections on 1 and on
+vhat:
 
     dv = rstd * (g - mean(g) - vhat * mean(g * vhat))
 
@@ -11,10 +12,11 @@ so a row of dh needs its own row of dy and h and no other. What crosses rows are
 
     dw = sum_{b,n} dy * hhat      db = sum_{b,n} dy      dp'[n] = dp'_next[n] + sum_b dy[b, n]
 
-and with the forward's tiling all of them are sums over the loop: dy and dy * hhat are added up in registers. At its end a program
-writes sum_b dy (T, D) to partials (S, N, D), one for each of the S batch slices, or only its column sum where no gradient of
-pos is asked for; of dy * hhat always the column sum. `pos_grad_kernel` adds the S slices up and takes dp' back through LN';
-`column_sums_kernel` adds up what is left. No atomics, and tiles and slices come from shapes: the same bits in every run.
+and with the forward's tiling all of them are sums over the loop: dy and dy * hhat are added up in registers. At its end
+a program writes sum_b dy (T, D) to partials (S, N, D), one for each of the S batch slices, or only its column sum where
+no gradient of pos is asked for; of dy * hhat always the column sum. `pos_grad_kernel` adds the S slices up and takes
+dp' back through LN'; `column_sums_kernel` adds up what is left. No atomics, and tiles and slices come from shapes: the
+same bits in every run.
 """
 
 import torch
@@ -147,7 +149,7 @@ def pos_grad_kernel(
     live = n < N
     dp = zeros(T, cols)
     for s in range(S):
-        dp = add(dp, load(dy_partial, s * partial_s + n * partial_n, live, cols, D))
+        dp = add(dp, load(dy_partial, tl.cast(s, tl.int64) * partial_s + n * partial_n, live, cols, D))
     F = tl.num_programs(0)
     sums = sums_3FD + tl.cast(tl.program_id(0), tl.int64) * D
     if BIAS_SUM:
@@ -202,7 +204,7 @@ def stream_dtype(x: Tensor, branch: Tensor) -> torch.dtype:
 
 
 def sum_columns(D: int, *sums: tuple[Tensor | None, int, Tensor | None]) -> None:
-    """Launch `column_sums_kernel` for up to four (partials, rows, result), in its order; None where there is no result."""
+    """Launch `column_sums_kernel` for up to four (partials, rows, result), in its order; a result may be None."""
     args, rows = [], []
     for partial, count, result in sums:
         args += [partial, result]
@@ -227,8 +229,8 @@ def pos_grads(
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """Launch `pos_grad_kernel` on partials (S, N, D) of any strides but the last.
 
-    Returns (sums (3, F, D), dpos, dpos_weight, dpos_bias): the last two still empty, `sums[1]` and `sums[2]` sum up to them and,
-    with `bias_sum`, `sums[0]` to the column sum of the partials.
+    Returns (sums (3, F, D), dpos, dpos_weight, dpos_bias): the last two still empty, `sums[1]` and `sums[2]` sum up to
+    them and, with `bias_sum`, `sums[0]` to the column sum of the partials.
     """
     D = pos.shape[-1]
     tile = row_tile(D, N, RULES.finishing_warps)
@@ -239,7 +241,7 @@ def pos_grads(
     dpos_bias = torch.empty_like(pos_weight) if grad_mask & GRAD_POS_BIAS else None
     pos_grad_kernel[(programs,)](
         dy_partial, dpos_out, pos, pos_weight, dpos, sums, dy_partial.shape[0], N, pos.shape[0],
-        dy_partial.stride(0), dy_partial.stride(1), pos_eps,
+        *dy_partial.stride()[:2], pos_eps,
         BIAS_SUM=bias_sum, D=D, BLOCKS=tile.blocks, T=tile.rows, num_warps=tile.num_warps, enable_fp_fusion=True,
     )  # fmt: skip
     return sums, dpos, dpos_weight, dpos_bias
@@ -272,7 +274,7 @@ def forward(
     with torch.cuda.device_of(x):
         forward_kernel[(tiles, S)](
             x, branch, branch_scale, weight, bias, pos, pos_weight, pos_bias, y, h, pos_out, stats,
-            B, N, N - num_prefix_tokens, samples, x.stride(0), x.stride(1),
+            B, N, N - num_prefix_tokens, samples, *x.stride()[:2],
             *((0, 0) if branch is None else branch.stride()[:2]), eps, pos_eps,
             D=D, BLOCKS=tile.blocks, T=tile.rows, num_warps=tile.num_warps, enable_fp_fusion=True,
         )  # fmt: skip
@@ -319,7 +321,7 @@ def backward(
     with torch.cuda.device_of(h):
         backward_kernel[(tiles, S)](
             dy, dh, h, stats, weight, branch_scale, dx, dbranch, dy_partial, dw_partial,
-            B, N, samples, dy.stride(0), dy.stride(1), *((0, 0) if dh is None else dh.stride()[:2]), h.stride(0), h.stride(1),
+            B, N, samples, *dy.stride()[:2], *((0, 0) if dh is None else dh.stride()[:2]), *h.stride()[:2],
             ROW_PARTIALS=rows, D=D, BLOCKS=tile.blocks, T=tile.rows, num_warps=tile.num_warps, enable_fp_fusion=True,
         )  # fmt: skip
         if rows:

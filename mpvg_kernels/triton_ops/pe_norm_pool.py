@@ -4,15 +4,17 @@ Forward. The mean goes through both affine parts, so all that a sample needs is 
 
     out[b] = w * s[b] + b + w' * s' + b'      s[b] = mean_n hhat[b, n]      s' = mean_n phat[n]
 
-One read of x, nothing of its size written. A program owns a chunk of one sample's tokens; `pool_kernel` adds up their normalised
-rows, and runs once more on pos, as on a batch of one. `output_kernel` adds up the chunks and applies the formula.
+One read of x, nothing of its size written. A program owns a chunk of one sample's tokens; `pool_kernel` adds up their
+normalised rows, and runs once more on pos, as on a batch of one. `output_kernel` adds up the chunks and applies the
+formula.
 
 Backward. From the same line, without any sum over tokens (K pooled tokens a sample):
 
     dw = sum_b dout[b] * s[b]      db = sum_b dout[b]      dp'[n] = db / K for every n      g[b] = dout[b] * w / K
     dh[b, n] = rstd * (g[b] - mean(g[b]) - hhat * mean(g[b] * hhat))      0 for prefix rows
 
-One read of h, one write of dx. As dp' is the same row everywhere, `pos_grad_kernel` of pe_layer_norm gets it with a row stride of 0.
+One read of h, one write of dx. As dp' is the same row everywhere, `pos_grad_kernel` of pe_layer_norm gets it with a row
+stride of 0.
 """
 
 import torch
@@ -28,15 +30,14 @@ from .tiles import (
     columns,
     kept,
     layer_norm_grad,
-    load_stream,
     load,
+    load_stream,
     load_vector,
     mul,
     normalized,
     one_wave,
     row_statistics,
     row_tile,
-    row_sum,
     saved_statistics,
     scaled,
     slices,
@@ -146,15 +147,23 @@ def batch_sums_kernel(
         store_column_sums(dp_D, cols, D, scaled(sum_dout, tl.div_rn(1.0, tl.cast(K, tl.float32))))
 
 
-def _mean_rows(x, branch, branch_scale, h, stats, K: int, eps: float) -> Tensor:
-    """Launch `pool_kernel`: partials (B, C, D) fp32, which sum over C to the mean of each sample's last K normalised rows."""
+def _mean_rows(
+    x: Tensor,
+    branch: Tensor | None,
+    branch_scale: Tensor | None,
+    h: Tensor | None,
+    stats: Tensor | None,
+    K: int,
+    eps: float,
+) -> Tensor:
+    """Launch `pool_kernel`: partials (B, C, D) fp32 that add up to the mean of a sample's last K normalised rows."""
     B, N, D = x.shape
     tile = row_tile(D, N)
     most = min(RULES.most_chunks, one_wave(x.device, tile.num_warps) // max(B, 1))
     chunks, tiles = slices(triton.cdiv(N, tile.rows), most)
     partial = x.new_empty((B, chunks, D), dtype=torch.float32)
     pool_kernel[(B, chunks)](
-        x, branch, branch_scale, h, stats, partial, B, N, K, tiles, x.stride(0), x.stride(1),
+        x, branch, branch_scale, h, stats, partial, B, N, K, tiles, *x.stride()[:2],
         *((0, 0) if branch is None else branch.stride()[:2]), eps,
         D=D, BLOCKS=tile.blocks, T=tile.rows, num_warps=tile.num_warps, enable_fp_fusion=True,
     )  # fmt: skip
@@ -214,7 +223,7 @@ def backward(
     branch_dtype: torch.dtype,
     grad_mask: int,
 ) -> tuple[Tensor | None, ...]:
-    """`mpvg::pe_norm_pool_bwd_triton`: the seven gradients, see `mpvg_kernels.ops.pe_layer_norm`."""
+    """`mpvg::pe_norm_pool_bwd_triton`: the seven gradients, see `mpvg_kernels.ops.pe_norm_pool`."""
     B, N, D = h.shape
     K = N - num_prefix_tokens
     dx = h.new_empty((B, N, D), dtype=x_dtype) if grad_mask & GRAD_X else None
@@ -231,7 +240,7 @@ def backward(
             chunks, tiles = slices(triton.cdiv(N, tile.rows), one_wave(h.device, tile.num_warps) // max(B, 1))
             backward_kernel[(B, chunks)](
                 dout, h, stats, weight, branch_scale, dx, dbranch,
-                B, N, K, tiles, dout.stride(0), h.stride(0), h.stride(1),
+                B, N, K, tiles, dout.stride(0), *h.stride()[:2],
                 D=D, BLOCKS=tile.blocks, T=tile.rows, num_warps=tile.num_warps, enable_fp_fusion=True,
             )  # fmt: skip
         if dweight is not None or dbias is not None or dp is not None:

@@ -1,11 +1,12 @@
 """Row tiles: the launch choices and the device functions that the Triton kernels of both operators are written in.
 
-A program works on a tile of T token positions by D columns. Triton's tensors have powers of two for sides, ViT widths are often
-three times one, so a tile is a tuple of one or two column blocks (192 = 128 + 64). Only the functions here know that; the
-kernels read as formulas on whole rows. Columns and rows past the end are loaded as zero and never stored.
+A program works on a tile of T token positions by D columns. Triton's tensors have powers of two for sides, ViT widths
+are often three times one, so a tile is a tuple of one or two column blocks (192 = 128 + 64). Only the functions here
+know that; the kernels read as formulas on whole rows. Columns and rows past the end are loaded as zero and never
+stored.
 
-Shape suffixes on names: B batch, N tokens, D width, K positions (N less the prefix tokens), T rows of a tile, S slices of the batch.
-Arithmetic is fp32. Row offsets are int64, as tensors can pass 2^31 elements.
+Shape suffixes on names: B batch, N tokens, D width, K positions (N less the prefix tokens), T rows of a tile, S slices
+of the batch. Arithmetic is fp32. Row offsets are int64, as tensors can pass 2^31 elements.
 """
 
 import functools
@@ -18,27 +19,27 @@ import triton.language as tl
 
 @dataclass(frozen=True)
 class LaunchRules:
-    """Every number that a launch depends on. Chosen from compiled code (registers, spills); not yet measured on a GPU."""
+    """What every launch depends on: chosen from compiled code (registers, barriers), not yet timed on a GPU."""
 
-    # Two accumulators, two loaded tiles and the weights are live in the backward: 16 elements a thread compile to at most 128
-    # registers, 32 spill.
+    # Two accumulators, two loaded tiles and the weights are live in the backward: 16 elements a thread compile to about
+    # 128 registers, 64 spill.
     elements_per_thread: int = 16
-    # Rows that don't start at a multiple of 16 elements are read one element at a time: a thread then holds a column of the tile
-    # instead of a piece of a row, and addresses and row values for each of its rows, so half as many.
+    # Rows that don't start at a multiple of 16 elements are read one element at a time: a thread then holds a column of
+    # the tile instead of a piece of a row, and addresses and row values for each of its rows, so half as many.
     unaligned_elements_per_thread: int = 8
-    # 4 warps of such threads, 2048 elements: several rows a program up to width 1024, and at width 192 no row spans two warps, so
-    # that its reductions need no barrier.
+    # 4 warps of such threads, 2048 elements: several rows a program up to width 1024, and at width 192 no row spans two
+    # warps, so that its reductions need no barrier.
     warps: int = 4
     # The finishing kernels run on N rows, not B*N: small programs spread them over more multiprocessors.
     finishing_warps: int = 1
     # Wider rows than 16 warps' worth (8192 columns) get more elements a thread and spill: right, but slower.
     max_warps: int = 16
-    # Threads that one multiprocessor's 65536 registers hold, at the 128 registers of most backward kernels and the 80 of all
-    # others. Grids are cut to one wave of them: a second, partly filled one would take as long as the first.
+    # Threads that one multiprocessor's 65536 registers hold, at the 128 registers of most backward kernels and the 80
+    # of all others. Grids are cut to one wave of them: a second, partly filled one would take as long as the first.
     backward_threads: int = 512
     forward_threads: int = 768
-    # fp32 partials of S batch slices are 8*S*N*D bytes written and read, the kernel itself moves 6*B*N*D or more: S <= B/8 keeps
-    # them below a sixth of that ...
+    # fp32 partials of S batch slices are 8*S*N*D bytes written and read, the kernel itself moves 6*B*N*D or more: S <=
+    # B/8 keeps them below a sixth of that ...
     samples_per_slice: int = 8
     # ... except where all of them stay in the L2 cache anyway, and more programs are worth more.
     cached_partial_bytes: int = 4 << 20
@@ -50,9 +51,9 @@ class LaunchRules:
     # The pool's second stage: samples and columns of a program; all of it is a few hundred kilobytes.
     output_rows: int = 8
     output_columns: int = 64
-    # A column block narrower than a warp leaves lanes idle that splitting was to save; in rows wider than 1024, which take all of
-    # a program's warps, the second block's reductions cost more barriers and instructions than the idle lanes (1280: 24 barriers
-    # a row against 6 in the backward).
+    # A column block narrower than a warp leaves lanes idle that splitting was to save; in rows wider than 1024, which
+    # take all of a program's warps, the second block's reductions cost more barriers and instructions than the idle
+    # lanes (1280: 24 barriers a row against 6 in the backward).
     narrowest_split: int = 32
     widest_split: int = 1024
 
@@ -80,7 +81,7 @@ def column_blocks(D: int) -> tuple[int, ...]:
 
 @functools.cache
 def row_tile(D: int, N: int, warps: int = RULES.warps) -> RowTile:
-    """The tile for N rows of D columns: as many rows as `warps` warps take, or one row and as many warps as it takes."""
+    """The tile for N rows of D columns: as many rows as fit in `warps` warps, else one row and the warps it takes."""
     blocks = column_blocks(D)
     per_warp = 32 * (RULES.elements_per_thread if D % 16 == 0 else RULES.unaligned_elements_per_thread)
     fitting = max(1, warps * per_warp // sum(blocks))
@@ -91,7 +92,7 @@ def row_tile(D: int, N: int, warps: int = RULES.warps) -> RowTile:
 
 @functools.cache
 def _multiprocessors(device: torch.device) -> int:
-    """Of a GPU; elsewhere (interpreter, ahead-of-time compilation) a fixed small number, which still makes several slices."""
+    """A GPU's; elsewhere (interpreter, ahead-of-time compilation) a small number that still makes several slices."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
@@ -101,7 +102,7 @@ def one_wave(device: torch.device, num_warps: int, threads: int = RULES.forward_
 
 
 def slices(count: int, at_most: int) -> tuple[int, int]:
-    """(slices, items a slice) for `count` items in at most `at_most` slices of equal length, one slice where there are none."""
+    """(slices, items a slice) for `count` items in at most `at_most` equal slices, of which there is always one."""
     length = max(1, triton.cdiv(count, max(1, at_most)))
     return max(1, triton.cdiv(count, length)), length
 
@@ -203,8 +204,8 @@ def row_statistics(v, cols, D: tl.constexpr, eps):
     c = centered(v, m1, cols, D)
     m2 = row_sum(c) * (1.0 / D)
     var = tl.maximum(row_sum(mul(c, c)) * (1.0 / D) - m2 * m2, 0.0)
-    # The hardware's reciprocal root is up to two ulps off, for a whole row: a Newton step takes that out, at a fraction of what
-    # an exactly rounded root and quotient cost. Not where the variance has overflowed and rstd is 0.
+    # The hardware's reciprocal root is up to two ulps off, for a whole row: a Newton step takes that out, at a fraction
+    # of what an exactly rounded root and quotient cost. Not where the variance has overflowed and rstd is 0.
     rstd = tl.rsqrt(var + eps)
     corrected = rstd + 0.5 * rstd * (1.0 - (var + eps) * rstd * rstd)
     return c, m1, m2, tl.where(rstd > 0.0, corrected, rstd)

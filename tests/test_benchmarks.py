@@ -1,0 +1,253 @@
+"""The benchmarks: byte model and statistics against numbers worked out by hand, the check before timing, and that each
+script runs and writes its files.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+
+import bench_dual_ln  # noqa: E402
+import bench_norm_pool  # noqa: E402
+import bench_overhead  # noqa: E402
+import bench_train  # noqa: E402
+import harness  # noqa: E402
+import operators  # noqa: E402
+from operators import Case  # noqa: E402
+
+SMALL = ["--sizes", "2x5x16"]
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+@pytest.fixture(autouse=True)
+def _own_settings(monkeypatch):
+    """One wrong provider or another allocator must not outlive its test."""
+    monkeypatch.setattr(operators, "PROVIDERS", dict(operators.PROVIDERS))
+    monkeypatch.setattr(harness, "pin_allocator", lambda: "left alone")
+
+
+# With B=2, N=3, D=4: 24 elements in a (B, N, D) tensor, 12 in pos, 4 in a parameter, 8 in the pooled output, 2 in the
+# scale. dx, dw, db, dpos, dpos_weight, dpos_bias in elements; in fp32 four times as many bytes:
+GRADS = [24, 4, 4, 12, 4, 4]
+GRADS_FP32 = [96, 16, 16, 48, 16, 16]
+
+
+@pytest.mark.parametrize(
+    "op, mode, inputs, dtype, read, written",
+    [
+        # x, w, b, pos, pos_weight, pos_bias -> y, pos'
+        ("pe_layer_norm", "fwd", "x", "fp32", (24 + 12 + 4 * 4) * 4, [96, 48]),
+        # x, f, w, b -> y, h
+        ("pe_layer_norm", "fwd", "x+f,no-pos", "bf16", (48 + 2 * 4) * 2, [48, 48]),
+        # the same with pos; then dy, dh, h, dpos', w, pos, pos_weight -> gradients (df is dx)
+        ("pe_layer_norm", "fwd_bwd", "x+f", "bf16", (76 + 72 + 32) * 2, [48, 48, 24] + [2 * n for n in GRADS]),
+        # the stream has no gradient: dy, x, dpos', w, pos, pos_weight
+        ("pe_layer_norm", "fwd_bwd", "x", "fp32", (52 + 48 + 32) * 4, [96, 48] + GRADS_FP32),
+        # the scale is read twice; df is a tensor of its own
+        ("pe_layer_norm", "fwd_bwd", "x+s*f", "fp32", (78 + 74 + 32) * 4, [96, 96, 48, 96] + GRADS_FP32),
+        # x, h and dh have 4 bytes an element, f, df, y and dy 2
+        ("pe_layer_norm", "fwd_bwd", "x+f", "mixed", 3 * 96 + 2 * 48 + (28 + 32) * 4, [48, 96, 48, 48] + GRADS_FP32),
+        # x, w, b, pos, pos_weight, pos_bias -> pooled; without gradients no h
+        ("pe_norm_pool", "fwd", "x", "fp32", (24 + 28) * 4, [32]),
+        ("pe_norm_pool", "fwd", "x+f", "fp32", (48 + 28) * 4, [32]),
+        # then dout, h, w, pos, pos_weight
+        ("pe_norm_pool", "fwd_bwd", "x+f", "fp32", (76 + 8 + 24 + 20) * 4, [32, 96] + GRADS_FP32),
+    ],
+)
+def test_byte_model(op, mode, inputs, dtype, read, written):
+    found = operators.traffic(Case(op, mode, inputs, 2, 3, 4, dtype))
+    assert found.read == read
+    assert sorted(found.written) == sorted(written)
+
+
+@pytest.mark.parametrize("mode", operators.MODES)
+@pytest.mark.parametrize("op", operators.PLAIN)
+def test_roof_copies_the_bytes_of_the_model(op, mode):
+    case = Case(op, mode, "x+f", 8, 64, 128, "fp32")
+    traffic = operators.traffic(case)
+    large = [size for size in traffic.written if size >= 1 << 16]
+    clones = operators.roof(case, 1, "cpu")()
+    assert [t.nbytes for t in clones] == large
+    # What the clones don't account for is copied into a buffer that stays, so nothing else is allocated.
+    peak = harness.peak_extra_bytes(harness.Variant("copy", operators.roof(case, 1, "cpu")), "cpu")
+    assert peak == sum(large)
+
+
+def test_peak_memory_counts_temporaries():
+    x = torch.ones(1000)
+    assert harness.peak_extra_bytes(harness.Variant("two", lambda: (x * 2) * 3), "cpu") >= 8000
+    assert harness.peak_extra_bytes(harness.Variant("one", lambda: x.clone()), "cpu") == 4000
+
+
+def test_paired_ratio():
+    # Round by round 2, 2, 2, 4, 2: the two slow rounds cost neither the median nor a ratio of unrelated rounds.
+    ratio = harness.paired_ratio([2.0, 20.0, 4.0, 4.0, 2.0], [1.0, 10.0, 2.0, 1.0, 1.0])
+    assert ratio == (2.0, 2.0, 4.0)  # five rounds have no 95 % interval: the range
+
+
+def test_confidence_interval_of_the_median():
+    # For 25 rounds the binomial distribution puts the 95 % interval between the 8th smallest and the 8th largest.
+    ratio = harness.paired_ratio([float(i) for i in range(25, 0, -1)], [1.0] * 25)
+    assert ratio == (13.0, 8.0, 18.0)
+
+
+def test_speedups():
+    samples = {"eager": [4.0, 4.0, 8.0], "cpp": [1.0, 2.0, 4.0]}
+    keys = harness.speedups(samples, "cpp")
+    assert keys["speedup_eager"] == 2.0 and keys["speedup_eager_ci95"] == [2.0, 4.0]
+    assert keys["speedup_compile"] is None and keys["speedup_compile_ci95"] is None
+
+
+def test_rounds_turn_around_and_warm_up():
+    order = []
+    variants = [harness.Variant(name, lambda name=name: order.append(name)) for name in "ab"]
+    clock_calls = iter(range(100))
+
+    def clock(call, repeats):
+        for _ in range(repeats):
+            call()
+        return float(next(clock_calls) + 1)
+
+    samples = harness.interleave(variants, 2, clock, min_sample_s=0)
+    assert "".join(order) == "aaa" + "bbb" + "aabb" + "bbaa"  # calibration; then each untimed once and timed once
+    assert samples == {"a": [5.0, 8.0], "b": [6.0, 7.0]}
+
+
+@pytest.mark.parametrize(
+    "bench, options, keys",
+    [
+        (bench_dual_ln, [*SMALL, "--inputs", "x,dh", "x+s*f", "x+f,no-pos", "--dtypes", "fp32", "mixed"], {"gbps"}),
+        (bench_dual_ln, [*SMALL, "--inputs", "x+f", "--cold"], {"gbps"}),
+        (bench_norm_pool, [*SMALL, "--inputs", "x", "x+s*f", "--dtypes", "bf16", "fp16", "mixed"], {"gbps"}),
+        (bench_overhead, ["--inputs", "x+f"], {"speedup_eager"}),
+        (
+            bench_train,
+            ["--img-size", "32", "--depth", "2", "--batch", "2", "--engines", "eager"],
+            {"vs_timm", "vs_reference", "images_per_s"},
+        ),
+    ],
+)
+def test_scripts_write_their_files(bench, options, keys, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(harness, "last_level_cache_bytes", lambda: 1 << 14)  # few rotated buffers will do
+    plain = "timm" if bench is bench_train else "eager"
+    report, plot = tmp_path / "rows.json", tmp_path / "plots" / "rows.png"
+    ours = harness.kernel_backends("cpu") + ["reference"]
+    options = [*options, "--device", "cpu", "--quick", "--rounds", "3", "--providers", plain, *ours]
+    assert bench.main([*options, "--json", str(report), "--plot", str(plot)]) == 0
+    found = json.loads(report.read_text())
+    assert found["benchmark"] == bench.__name__.removeprefix("bench_")
+    assert {"cpu", "torch_isa", "cpp_backend", "torch"} <= found["machine"].keys()
+    assert {"rounds", "device"} <= found["settings"].keys()
+    for row in found["rows"]:
+        assert row["status"] == "ok" and row["ms"] > 0 and keys <= row.keys()
+    assert {row["provider"] for row in found["rows"]} - {"copy"} == {plain, *ours}
+    assert plot.read_bytes().startswith(PNG)
+    table = capsys.readouterr().out
+    assert all(row["provider"] in table for row in found["rows"])
+
+
+def _wrong(case):
+    """The plain formula with a slip that shows in one result only."""
+
+    def function(*args):
+        first, *others = operators.PLAIN[case.op](*args)
+        return first * 1.01, *others
+
+    return operators.Provider(function)
+
+
+@pytest.mark.parametrize("mode", operators.MODES)
+@pytest.mark.parametrize("bench", [bench_dual_ln, bench_norm_pool])
+def test_wrong_provider_is_refused(bench, mode, tmp_path, monkeypatch):
+    operators.PROVIDERS["compile"] = _wrong
+    options = [
+        "--sizes",
+        "2x5x16",
+        "--dtypes",
+        "fp32",
+        "--inputs",
+        "x+f",
+        "--modes",
+        mode,
+        "--providers",
+        "eager",
+        "compile",
+    ]
+    assert bench.main([*options, "--quick", "--device", "cpu", "--json", str(tmp_path / "rows.json")]) == 1
+    rows = {row["provider"]: row for row in json.loads((tmp_path / "rows.json").read_text())["rows"]}
+    assert rows["compile"]["status"] == "wrong" and "is off by 1.0e-02" in rows["compile"]["note"]
+    assert rows["compile"]["ms"] is None and rows["compile"]["speedup_eager"] is None
+    assert rows["eager"]["status"] == "ok" and rows["eager"]["speedup_compile"] is None
+
+
+def test_provider_that_cannot_run_is_said_so_and_gone_past(monkeypatch):
+    def broken(case):
+        def function(*args):
+            raise RuntimeError("no working compiler\nand more lines")
+
+        return operators.Provider(function)
+
+    operators.PROVIDERS["compile"] = broken
+    case = Case("pe_norm_pool", "fwd_bwd", "x", 2, 3, 4, "fp32")
+    rows = operators.run_case(case, ["eager", "compile"], operators.Settings(rounds=1, wall_rounds=0))
+    by_provider = {row["provider"]: row for row in rows}
+    assert by_provider["compile"]["status"] == "failed"
+    assert by_provider["compile"]["note"] == "RuntimeError: no working compiler"
+    assert by_provider["eager"]["ms"] > 0
+
+
+def test_training_step_that_differs_is_refused(monkeypatch):
+    settings = bench_train.Settings("deit_tiny_patch16_224", 32, 2, 2, "cpu", 1, 0)
+    make_model, made = bench_train.make_model, []
+
+    def other_weights(provider, settings):
+        model = make_model(provider, settings)
+        made.append(model)
+        if len(made) == 2:  # the first is what the others are compared with
+            with torch.no_grad():
+                model.head.bias.add_(torch.arange(1000) / 1000)
+        return model
+
+    monkeypatch.setattr(bench_train, "make_model", other_weights)
+    _, refused = bench_train.prepare("eager", "fp32", ["reference"], settings)
+    assert refused["reference"][0] == "wrong" and "loss is off by" in refused["reference"][1]
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--sizes", "64x196"], "'64x196' is not a size; expected BxNxD"),
+        (["--dtypes", "int8"], "'int8' is not one of fp32, bf16"),
+        (["--providers", "fastest"], "'fastest' is not one of eager, compile"),
+        (["--rounds", "0"], "--rounds is 0: it starts at 1"),
+    ],
+)
+def test_bad_options(options, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        bench_dual_ln.main(options)
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_script_runs_by_its_path():
+    command = [sys.executable, BENCHMARKS / "bench_dual_ln.py", "--quick", *SMALL, "--providers", "eager"]
+    environment = os.environ | {"PYTHONPATH": str(BENCHMARKS.parent)}
+    done = subprocess.run([*command, "--device", "cpu"], capture_output=True, text=True, env=environment, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "x compile" in done.stdout and "2,5,16" in done.stdout
+
+
+def test_pytest_benchmark_collects_and_runs_a_case():
+    command = [sys.executable, "-m", "pytest", "-q", str(BENCHMARKS), "--benchmark-only", "-p", "no:cacheprovider"]
+    environment = os.environ | {"PYTHONPATH": str(BENCHMARKS.parent)}
+    one = ["-k", "pe_layer_norm and fwd_bwd and x+f and 768 and fp32 and eager", "--benchmark-min-rounds=2"]
+    done = subprocess.run([*command, *one], capture_output=True, text=True, env=environment, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "1 passed" in done.stdout
