@@ -18,7 +18,7 @@ from .__main__ import BENCHMARKS
 from .train import recipes
 from .train.checkpoint import RunFolder
 from .train.config import Config
-from .train.loop import Trainer, train
+from .train.loop import Trainer, cpu_threads, train
 from .train.metrics import read_log
 from .train.report import table, write_report
 
@@ -57,7 +57,7 @@ def compare_backends(config: Config, fused: str, updates: int) -> dict[str, Any]
             batches = {name: trainer.data.train_batches(1 + i // steps) for name, trainer in trainers.items()}
         for name in names if i % 2 else reversed(names):
             x, labels = next(batches[name])
-            with use_backend(name):
+            with use_backend(name), cpu_threads(config.threads):
                 start = time.perf_counter()
                 losses[name].append(float(trainers[name].step(x, labels)[0]))  # waits for the device
                 seconds[name].append(time.perf_counter() - start)

@@ -195,7 +195,8 @@ def _prepare(
     device_type = device.type
     if out_dtype is None:
         out_dtype = h_dtype
-        if torch.is_autocast_enabled(device_type) and h_dtype != torch.float64:
+        # (there is no autocast on "meta", not even to ask for)
+        if device_type != "meta" and torch.is_autocast_enabled(device_type) and h_dtype != torch.float64:
             out_dtype = torch.get_autocast_dtype(device_type)
     elif out_dtype not in _FLOATS or (out_dtype == torch.float64) != (h_dtype == torch.float64):
         raise TypeError(f"out_dtype={out_dtype}: expected float32, bfloat16 or float16 (float64 for float64 inputs)")

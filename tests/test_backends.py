@@ -90,3 +90,11 @@ def test_works_without_the_extension(monkeypatch):
     monkeypatch.setattr(backends.Path, "glob", lambda *_: [])
     status = backends._probe_cpp()
     assert not status.devices and "MPVG_BUILD=cpu" in status.reason
+
+
+def test_meta_tensors_have_shapes_and_dtypes():
+    """Devices without kernels get the plain formula, "meta" included."""
+    y, stream, pos = mk.FusedAddPELayerNorm(4, device="meta")(
+        torch.ones(2, 3, 4, device="meta"), None, torch.ones(3, 4, device="meta")
+    )
+    assert y.is_meta and y.shape == (2, 3, 4) and pos.shape == (3, 4)

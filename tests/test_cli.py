@@ -71,6 +71,7 @@ def test_run_folder(run):
     info = json.loads((folder / "run.json").read_text())
     assert info["config"]["epochs"] == 2 and info["config"]["optim"]["lr"] == 3e-3
     assert info["backend"] == mk.backends._resolve("auto", "cpu")
+    assert info["machine"]["threads"] == recipes.load("digits").threads == 1
     assert info["versions"]["torch"] == torch.__version__ and info["recipe"] == "digits" and info["updates"] == 44
     status = json.loads((folder / "status.json").read_text())
     epochs, train = metrics.read_log(folder, "epoch"), metrics.read_log(folder, "train")

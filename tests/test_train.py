@@ -54,6 +54,7 @@ def test_fields_from_the_command_line():
         ("--epochs 1", "config field sched.warmup_epochs is 1, expected 0 to epochs - 1 = 0"),
         ("--seed -1", "config field seed is -1, expected 0 or more"),
         ("--batch 0", "config field batch is 0"),
+        ("--threads 0", "config field threads is 0, expected 1 or more, or None"),
         ("--optim.lr nan", "config field optim.lr is nan, expected more than 0"),
         ("--sched.min_lr 1", "config field sched.min_lr is 1.0, expected 0 to optim.lr"),
         ("--sched.warmup_lr 1", "config field sched.warmup_lr is 1.0"),
@@ -197,6 +198,14 @@ def first_losses(changes: dict, updates: int = 3) -> list[float]:
 
 def test_runs_repeat():
     assert first_losses({}) == first_losses({}) != first_losses({"seed": 1})
+
+
+def test_threads_are_put_back():
+    before = torch.get_num_threads()
+    with loop.cpu_threads(before + 1):
+        assert torch.get_num_threads() == before + 1
+    with loop.cpu_threads(None):
+        assert torch.get_num_threads() == before
 
 
 def test_bf16_is_close_to_fp32_and_used():

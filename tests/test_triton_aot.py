@@ -3,7 +3,7 @@
 The launchers themselves run, on tensors of the `meta` device and with a stand-in for the GPU's driver that only names
 an architecture; each launch then compiles what it would have launched. So block sizes, warps and specialisations are
 those of a real call. Registers and spills come from `ptxas -v`. This happens in subprocesses (this file run as a
-script), one an architecture, because the test session has Triton's interpreter on, which leaves nothing to compile.
+script), one an architecture, because the test run has Triton's interpreter on, which leaves nothing to compile.
 """
 
 import functools
@@ -38,8 +38,8 @@ CASES = {
 
 # Three programs of four warps a multiprocessor; ptxas gives most kernels 128 or fewer.
 MOST_REGISTERS = 168
-# Where a kernel takes 64 registers or fewer, ptxas chooses by itself to put a few words in local memory and fit in one
-# more program. That is no shortage of registers: such a kernel passes with up to this many bytes stored and loaded.
+# ptxas puts a few words in local memory by its own choice too, where that lets one more program fit (at 48, 64 or 128
+# registers, with up to 255 to be had). That is no shortage of registers: up to so many bytes, stored and loaded, pass.
 TRADED_BYTES = 48
 
 
@@ -157,7 +157,8 @@ def test_compiles_within_registers(arch, case):
         k["kernel"] for k in kernels
     }
     for k in kernels:
-        allowed = TRADED_BYTES if k["registers"] <= 64 else 0
+        available = min(255, 65536 // (32 * k["warps"]))
+        allowed = TRADED_BYTES if k["registers"] <= available - 8 else 0
         assert k["spilled"] <= allowed, f"{k['kernel']} spills {k['spilled']} bytes at {k['registers']} registers"
         assert k["atomics"] == 0, f"{k['kernel']} uses atomics: its results would change from run to run"
         if CASES[case][1] % 16 == 0:  # other rows are read one element at a time, by more registers of addresses

@@ -78,7 +78,7 @@ void pe_norm_pool_fwd(const Inputs& in, const PENormPoolOutputs& out, ParallelFo
         const int rows = int(min(kRows, n1 - n));
         const T* h[kRows];
         Moments<T> m[kRows];
-        stream.get({b, n, 1, rows}, s, T(in.eps), buffer, h, m);
+        stream.get({b, n, 1, rows}, false, s, T(in.eps), buffer, h, m);
         const int skip = int(min(rows, max(0, k - n)));
         add_normalised(rows - skip, block_sum, h + skip, m + skip, Dp);
         for (int r = 0; out.stats && r < rows; ++r) m1[b * N + n + r] = m[r].m1, rstd[b * N + n + r] = m[r].rstd;
@@ -108,13 +108,14 @@ void pool_input_gradients(const Saved& in, View dout_BD, const T* w, const Gradi
   const auto write_dx = choose_input_gradients<T>(grad.x.dtype, Dtype::absent);
   const auto write_df = choose_input_gradients<T>(grad.branch.dtype, Dtype::absent);
   const bool h_in_place = in_place<T>(in.h, D);
+  const bool streaming = size_of(in.h, in.shape) + size_of(grad.x, in.shape) + size_of(grad.branch, in.shape) > kStreamBytes &&
+                         aligned(grad.x) && aligned(grad.branch);
   run_parallel(parallel_for, B * pieces, kPoolRows * Dp, [&](int64_t begin, int64_t end) {
     Scratch<T> local(kRows + 1, Dp);
     T *buffer = local.take(kRows), *dout = local.take();
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t b = unit / pieces, n0 = unit % pieces * kPoolRows, n1 = min(N, n0 + kPoolRows);
-      T s[kRows], one[kRows];
-      for (int r = 0; r < kRows; ++r) s[r] = scale_of<T>(in.scale, b), one[r] = T(1);
+      const T s = scale_of<T>(in.scale, b), one(1);
       zero_rows(dout, 1, Dp);
       read_row(dout, dout_BD, b, D);
       over_padded<T>(Dp, [&](int64_t i) { store(dout + i, load<T>(dout + i) * Vec<T>(T(1) / T(N - k))); });
@@ -136,10 +137,13 @@ void pool_input_gradients(const Saved& in, View dout_BD, const T* w, const Gradi
           m[r] = {m1[b * N + n + r], T(0), rstd[b * N + n + r]};
         }
         first_pass(rows, nullptr, dy_rows, h_in_place ? nullptr : buffer, h_rows, w, m, means, D);
-        if (grad.x) write_dx(rows, dx_rows, dh_rows, dy, w, h, m, means, one, nullptr, nullptr, D);
-        if (grad.branch) write_df(rows, df_rows, dh_rows, dy, w, h, m, means, s, nullptr, nullptr, D);
+        for (int r = 0; r < rows; ++r) {  // one by one: pairs of adjacent rows write 1.3x slower than rows in order
+          if (grad.x) write_dx(1, dx_rows + r, streaming, dh_rows + r, dy + r, w, h + r, m + r, means + r, &one, nullptr, nullptr, D);
+          if (grad.branch) write_df(1, df_rows + r, streaming, dh_rows + r, dy + r, w, h + r, m + r, means + r, &s, nullptr, nullptr, D);
+        }
       }
     }
+    end_stream();
   });
 }
 

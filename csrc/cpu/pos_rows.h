@@ -36,7 +36,7 @@ void pos_forward(const Inputs& in, const View& pos_out, const T* b, T* table, Sc
       const T* p = pos_row(in.pos, n, D, T(in.pos_eps), buffer, &m);
       T* t = table + n * Dp;
       void* t_row = t;
-      affine_rows<T, T>(1, &t_row, &p, &m, wp, &bp, Dp);
+      affine_rows<T, T>(1, &t_row, false, &p, &m, wp, &bp, Dp);
       write_row(pos_out, n, t, D);
       add_row(t, b, Dp);
     }
@@ -55,7 +55,7 @@ MPVG_INLINE void pos_backward(const Saved& in, const View& dpos, const T* wp, in
   const T one(1);
   void *dp_row = const_cast<T*>(dp_out), *p_row = const_cast<T*>(p), *dpos_row = dpos.at(0, n), *no_row = nullptr;
   find_grad_means<T, T, T>(1, nullptr, &dp_row, nullptr, &p_row, wp, &m, &k, D);
-  choose_input_gradients<T>(dpos.dtype, Dtype::absent)(1, &dpos_row, &no_row, &dp_out, wp, &p, &m, &k, &one, nullptr, nullptr, D);
+  choose_input_gradients<T>(dpos.dtype, Dtype::absent)(1, &dpos_row, false, &no_row, &dp_out, wp, &p, &m, &k, &one, nullptr, nullptr, D);
 }
 
 // out = the sum of `count` rows, `stride` apart. In double: the number of terms has no bound.

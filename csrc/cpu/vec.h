@@ -79,56 +79,57 @@ MPVG_INLINE reg<double> load_half(const double* p) { return load_reg<double, MPV
 MPVG_INLINE void store_half(float* p, reg<float> v) { store_reg<float, MPVG_VECTOR_BYTES>(p, v); }
 MPVG_INLINE void store_half(double* p, reg<double> v) { store_reg<double, MPVG_VECTOR_BYTES>(p, v); }
 
-// bf16 is the upper half of an fp32.
-MPVG_INLINE reg<float> load_half(const bf16* p) {
-  return (reg<float>)(__builtin_convertvector((load_reg<uint16_t, kHalf>(p)), reg<uint32_t>) << 16);
-}
+// A register's elements in a 16-bit format.
+using bits16 = reg<uint16_t, kHalf>;
 
-MPVG_INLINE void store_half(bf16* p, reg<float> v) {
+// bf16 is the upper half of an fp32.
+MPVG_INLINE reg<float> widen(bits16 v, bf16) { return (reg<float>)(__builtin_convertvector(v, reg<uint32_t>) << 16); }
+
+MPVG_INLINE bits16 narrow(reg<float> v, bf16) {
 #ifdef MPVG_AVX512_BF16
-  // Takes subnormal fp32 as zero: values below 1.2e-38.
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh((__m512)v));
+  return (bits16)_mm512_cvtneps_pbh((__m512)v);  // takes subnormal fp32 as zero: values below 1.2e-38
 #else
   const reg<uint32_t> u = (reg<uint32_t>)v, nan = (reg<uint32_t>)(v != v);
   const reg<uint32_t> even = (u + 0x7fff + ((u >> 16) & 1)) >> 16, quiet = (u >> 16) | 0x40;
-  store_reg<uint16_t, kHalf>(p, __builtin_convertvector((even & ~nan) | (quiet & nan), reg<uint16_t, kHalf>));
+  return __builtin_convertvector((even & ~nan) | (quiet & nan), bits16);
 #endif
 }
 
 #if MPVG_VECTOR_BYTES == 64
-MPVG_INLINE reg<float> load_half(const f16* p) {
-  return (reg<float>)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-}
-MPVG_INLINE void store_half(f16* p, reg<float> v) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
-}
+MPVG_INLINE reg<float> widen(bits16 v, f16) { return (reg<float>)_mm512_cvtph_ps((__m256i)v); }
+MPVG_INLINE bits16 narrow(reg<float> v, f16) { return (bits16)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT); }
 #elif MPVG_VECTOR_BYTES == 32
-MPVG_INLINE reg<float> load_half(const f16* p) {
-  return (reg<float>)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-}
-MPVG_INLINE void store_half(f16* p, reg<float> v) {
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
-}
+MPVG_INLINE reg<float> widen(bits16 v, f16) { return (reg<float>)_mm256_cvtph_ps((__m128i)v); }
+MPVG_INLINE bits16 narrow(reg<float> v, f16) { return (bits16)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT); }
 #else
-// fp16 -> fp32: exponent and mantissa moved into place are the value times 2^-112, subnormals included; exponent 31 is inf or NaN.
-MPVG_INLINE reg<float> load_half(const f16* p) {
-  const reg<uint32_t> u = __builtin_convertvector((load_reg<uint16_t, kHalf>(p)), reg<uint32_t>);
+// Exponent and mantissa moved into place are the value times 2^-112, subnormals included; exponent 31 is inf or NaN.
+MPVG_INLINE reg<float> widen(bits16 v, f16) {
+  const reg<uint32_t> u = __builtin_convertvector(v, reg<uint32_t>);
   const reg<uint32_t> magnitude = (u & 0x7fff) << 13, special = (reg<uint32_t>)(magnitude >= 0x0f800000u);
   const reg<uint32_t> scaled = (reg<uint32_t>)((reg<float>)magnitude * 0x1p112f);
   return (reg<float>)(((u & 0x8000) << 16) | scaled | (special & 0x7f800000));
 }
-// fp32 -> fp16, ties to even. Normal results: rebias the exponent and round as for bf16; a carry into exponent 31 is inf, as it should be.
-// Subnormal ones: adding 0.5, whose ulp is fp16's smallest step, lets the FPU round and leaves the result in the low bits.
-MPVG_INLINE void store_half(f16* p, reg<float> v) {
+// Normal results: rebias the exponent and round as for bf16; a carry into exponent 31 is inf, as it should be. Subnormal ones: adding 0.5,
+// whose ulp is fp16's smallest step, lets the FPU round and leaves the result in the low bits.
+MPVG_INLINE bits16 narrow(reg<float> v, f16) {
   const reg<uint32_t> u = (reg<uint32_t>)v, sign = u & 0x80000000u, x = u ^ sign;
   const reg<uint32_t> tiny = (reg<uint32_t>)(x < 0x38800000u), over = (reg<uint32_t>)(x >= 0x47800000u), nan = (reg<uint32_t>)(v != v);
   const reg<uint32_t> subnormal = (reg<uint32_t>)((reg<float>)x + 0.5f) - 0x3f000000u;
   const reg<uint32_t> normal = (x - 0x38000000u + 0xfff + ((x >> 13) & 1)) >> 13;
   const reg<uint32_t> finite = (subnormal & tiny) | (normal & ~tiny);
   const reg<uint32_t> bits = (finite & ~over) | (over & (0x7c00u | (nan & 0x200u)));
-  store_reg<uint16_t, kHalf>(p, __builtin_convertvector(bits | (sign >> 16), reg<uint16_t, kHalf>));
+  return __builtin_convertvector(bits | (sign >> 16), bits16);
 }
 #endif
+
+template <class E>
+MPVG_INLINE reg<float> load_half(const E* p) {
+  return widen(load_reg<uint16_t, kHalf>(p), E{});
+}
+template <class E>
+MPVG_INLINE void store_half(E* p, reg<float> v) {
+  store_reg<uint16_t, kHalf>(p, narrow(v, E{}));
+}
 
 // ---- a whole Vec, and the n < lanes elements that end a row ----
 
@@ -172,12 +173,54 @@ MPVG_INLINE void store(E* p, Vec<T> v, Part part) {
   __builtin_memcpy(p, whole, part.n * sizeof(E));
 }
 
+// The same past the caches, without reading what is overwritten. p must be aligned to a register; end_stream() before other threads look.
+#ifdef MPVG_X86
+#if MPVG_VECTOR_BYTES == 64
+MPVG_INLINE void stream_reg(void* p, reg<int64_t> v) { _mm512_stream_si512(static_cast<__m512i*>(p), (__m512i)v); }
+#elif MPVG_VECTOR_BYTES == 32
+MPVG_INLINE void stream_reg(void* p, reg<int64_t> v) { _mm256_stream_si256(static_cast<__m256i*>(p), (__m256i)v); }
+#else
+MPVG_INLINE void stream_reg(void* p, reg<int64_t> v) { _mm_stream_si128(static_cast<__m128i*>(p), (__m128i)v); }
+#endif
+#else
+MPVG_INLINE void stream_reg(void* p, reg<int64_t> v) { store_reg<int64_t, MPVG_VECTOR_BYTES>(p, v); }
+#endif
+template <class T, class E>
+MPVG_INLINE void stream(E* p, Vec<T> v) {
+  if constexpr (sizeof(E) == sizeof(T)) {
+    stream_reg(p, (reg<int64_t>)v.a);
+    stream_reg(p + Vec<T>::half, (reg<int64_t>)v.b);
+  } else {
+    struct {
+      bits16 a, b;
+    } both = {narrow(v.a, E{}), narrow(v.b, E{})};
+#if MPVG_VECTOR_BYTES == 64
+    stream_reg(p, (reg<int64_t>)_mm512_inserti64x4(_mm512_castsi256_si512((__m256i)both.a), (__m256i)both.b, 1));
+#else
+    stream_reg(p, load_reg<int64_t, MPVG_VECTOR_BYTES>(&both));
+#endif
+  }
+}
+MPVG_INLINE void end_stream() {
+#ifdef MPVG_X86
+  _mm_sfence();
+#endif
+}
+
+// A store to a large output.
+template <class T, class E>
+MPVG_INLINE void put(E* p, Vec<T> v, Whole, bool streaming) {
+  streaming ? stream(p, v) : store(p, v);
+}
+template <class T, class E>
+MPVG_INLINE void put(E* p, Vec<T> v, Part part, bool) {
+  store(p, v, part);
+}
+
 // v rounded to the 16-bit format E
-template <class E, class T>
-MPVG_INLINE Vec<T> rounded(Vec<T> v) {
-  E e[Vec<T>::lanes];
-  store(e, v);
-  return load<T>(e);
+template <class E>
+MPVG_INLINE Vec<float> rounded(Vec<float> v) {
+  return {widen(narrow(v.a, E{}), E{}), widen(narrow(v.b, E{}), E{})};
 }
 
 // f(i) for each Vec of a padded row.
@@ -222,13 +265,14 @@ MPVG_INLINE float lane_sum<float>(reg<float> v) {
 }
 #endif
 
-// A running sum, lane by lane. One register: loops over several rows have several of them, which hides the latency of an addition.
+// A running sum, lane by lane: two chains of additions, which overlap.
 template <class T>
 struct Sum {
-  reg<T> lanes = {};
-  MPVG_INLINE void add(Vec<T> x) { lanes += x.a + x.b; }
-  MPVG_INLINE void add_product(Vec<T> x, Vec<T> y) { lanes = fma_reg(x.b, y.b, fma_reg(x.a, y.a, lanes)); }
-  MPVG_INLINE T total() const { return lane_sum<T>(lanes); }
+  Vec<T> lanes;
+  MPVG_INLINE Sum() : lanes(T(0)) {}  // spelled out: GCC compiles implicit members for the default target
+  MPVG_INLINE void add(Vec<T> x) { lanes = lanes + x; }
+  MPVG_INLINE void add_product(Vec<T> x, Vec<T> y) { lanes = fma(x, y, lanes); }
+  MPVG_INLINE T total() const { return lane_sum<T>(lanes.a + lanes.b); }
 };
 
 }  // namespace mpvg::MPVG_ISA

@@ -113,6 +113,8 @@ class Config:
     """Train through torch.compile."""
     device: str = "auto"
     """Device of the run: auto (a GPU where there is one), cpu, cuda, cuda:1, ..."""
+    threads: int | None = None
+    """CPU threads of torch; None leaves torch's own choice."""
     model: Model = Model()
     data: Data = Data()
     aug: Aug = Aug()
@@ -131,6 +133,7 @@ class Config:
         need(self.seed >= 0, "seed", "0 or more")
         need(self.epochs >= 1, "epochs", "1 or more")
         need(self.batch >= 1, "batch", "1 or more")
+        need(self.threads is None or self.threads >= 1, "threads", "1 or more, or None")
         need(self.optim.lr > 0, "optim.lr", "more than 0")
         need(self.optim.weight_decay >= 0, "optim.weight_decay", "0 or more")
         need(0 <= self.sched.warmup_epochs < self.epochs, "sched.warmup_epochs", f"0 to epochs - 1 = {self.epochs - 1}")

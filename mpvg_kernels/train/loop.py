@@ -6,6 +6,7 @@ What the command line calls:
     mpvg eval runs/digits
 """
 
+import contextlib
 import math
 import time
 from pathlib import Path
@@ -36,6 +37,17 @@ def pick_device(name: str) -> torch.device:
         return device
     except (RuntimeError, AssertionError) as error:  # torch without CUDA raises the latter
         raise InputError(f"config field device is {name!r}: {str(error).splitlines()[0].rstrip('.')}") from None
+
+
+@contextlib.contextmanager
+def cpu_threads(count: int | None):
+    """`count` CPU threads for torch inside (None: as many as there were), the number from before outside."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def model_args(config: Config, data: Digits) -> dict[str, Any]:
@@ -176,30 +188,31 @@ def train(config: Config, out: Path, recipe: str) -> RunFolder:
         InputError: the config can't be met, or the folder is taken.
         TrainingError: the loss is no longer finite.
     """
-    start = time.perf_counter()
-    trainer = Trainer(config)
-    updates, parameters = config.epochs * trainer.data.steps, sum(p.numel() for p in trainer.model.parameters())
-    info = {"recipe": recipe, "backend": trainer.backend, "parameters": parameters, "updates": updates}
-    run = RunFolder.create(out, info | machine() | {"config": to_dict(config)})
-    print(
-        f"{config.model.name} ({config.model.scheme}), {parameters:,} parameters, on {trainer.device} with the "
-        f"{trainer.backend} backend\n{updates} updates of {config.batch} images, peak lr {config.optim.lr:g} after "
-        f"{config.sched.warmup_epochs * trainer.data.steps} updates; run folder {run.path}",
-        flush=True,
-    )
-    try:
-        trainer.fit(run)
-        write_report(run)
-    except BaseException as error:  # an interrupt as well: the status must not stay at `running`
-        run.set_status("failed", step=trainer.updates, error=f"{type(error).__name__}: {error}")
-        raise
-    last = read_log(run.path, "epoch")[-1]
-    run.set_status("finished", epoch=last["epoch"], step=last["step"], test_acc=last["test_acc"])
-    print(
-        f"test accuracy {last['test_acc']:.2f} % after {config.epochs} epochs, {time.perf_counter() - start:.0f} s; "
-        f"report in {run.path / 'report.md'}"
-    )
-    return run
+    with cpu_threads(config.threads):
+        start = time.perf_counter()
+        trainer = Trainer(config)
+        updates, parameters = config.epochs * trainer.data.steps, sum(p.numel() for p in trainer.model.parameters())
+        info = {"recipe": recipe, "backend": trainer.backend, "parameters": parameters, "updates": updates}
+        run = RunFolder.create(out, info | machine() | {"config": to_dict(config)})
+        print(
+            f"{config.model.name} ({config.model.scheme}), {parameters:,} parameters, on {trainer.device} with the "
+            f"{trainer.backend} backend\n{updates} updates of {config.batch} images, peak lr {config.optim.lr:g} after "
+            f"{config.sched.warmup_epochs * trainer.data.steps} updates; run folder {run.path}",
+            flush=True,
+        )
+        try:
+            trainer.fit(run)
+            write_report(run)
+        except BaseException as error:  # an interrupt as well: the status must not stay at `running`
+            run.set_status("failed", step=trainer.updates, error=f"{type(error).__name__}: {error}")
+            raise
+        last = read_log(run.path, "epoch")[-1]
+        run.set_status("finished", epoch=last["epoch"], step=last["step"], test_acc=last["test_acc"])
+        print(
+            f"test accuracy {last['test_acc']:.2f} % after {config.epochs} epochs, {time.perf_counter() - start:.0f} s; "
+            f"report in {run.path / 'report.md'}"
+        )
+        return run
 
 
 def evaluate_run(path: Path, weights: str) -> dict[str, Any]:
@@ -211,8 +224,10 @@ def evaluate_run(path: Path, weights: str) -> dict[str, Any]:
     run = RunFolder(path)
     if "config" not in run.info:
         raise InputError(f"{run.path / 'run.json'} has no config; expected the JSON of `mpvg train`")
-    trainer = Trainer(from_dict(run.info["config"]))
+    config = from_dict(run.info["config"])
+    trainer = Trainer(config)
     run.load(weights, trainer.model)
-    result = trainer.evaluate()
+    with cpu_threads(config.threads):
+        result = trainer.evaluate()
     images = sum(len(labels) for _, labels in trainer.data.test_batches())
     return {"run": str(path), "weights": weights, "acc": result["acc"], "loss": result["loss"], "images": images}

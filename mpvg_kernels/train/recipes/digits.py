@@ -10,6 +10,7 @@ from ..config import Config, Model, Optim, Sched
 config = Config(
     epochs=32,
     batch=64,
+    threads=1,  # work too small to share: on a busy machine two threads wait for each other longer than they work
     model=Model(scheme="mpvg", patch_size=2, embed_dim=96, depth=4, num_heads=3),
     optim=Optim(lr=2e-3, weight_decay=0.05),
     sched=Sched(warmup_epochs=3),
