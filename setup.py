@@ -24,7 +24,14 @@ CHOICES = ("auto", "none", "cpu", "cuda")
 
 # -O3 without -ffast-math: that would drop NaNs and make every thread of the process flush denormals. No -march=native either: the
 # kernels choose the instruction set at run time.
-CXX_FLAGS = ["-O3", "-std=c++17", "-fno-math-errno", "-ffp-contract=off", "-fvisibility=hidden", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
+CXX_FLAGS = [
+    "-O3",
+    "-std=c++17",
+    "-fno-math-errno",
+    "-ffp-contract=off",
+    "-fvisibility=hidden",
+    "-DTORCH_TARGET_VERSION=0x020b000000000000",
+]
 
 
 def choice() -> str:
@@ -49,7 +56,9 @@ def missing_for_cpu() -> str | None:
     compiler = get_cxx_compiler()
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "probe.cpp")
-        source.write_text("#include <cstdint>\ntypedef float v __attribute__((vector_size(16)));\nv f(v x) { return x + x; }\n")
+        source.write_text(
+            "#include <cstdint>\ntypedef float v __attribute__((vector_size(16)));\nv f(v x) { return x + x; }\n"
+        )
         command = [*compiler.split(), "-std=c++17", "-c", str(source), "-o", str(Path(folder, "probe.o"))]
         try:
             result = subprocess.run(command, capture_output=True, text=True)
@@ -66,7 +75,9 @@ def extensions() -> list:
     if chosen == "none":
         return []
     if chosen == "cuda":
-        raise SystemExit("MPVG_BUILD=cuda: this version has no CUDA C++ sources yet; use auto or cpu (Triton serves GPUs)")
+        raise SystemExit(
+            "MPVG_BUILD=cuda: this version has no CUDA C++ sources yet; use auto or cpu (Triton serves GPUs)"
+        )
     missing = missing_for_cpu()
     if missing and chosen == "cpu":
         raise SystemExit(f"MPVG_BUILD=cpu: {missing}")
@@ -75,7 +86,10 @@ def extensions() -> list:
         return []
     from torch.utils.cpp_extension import CppExtension
 
-    sources = ["csrc/registration.cpp", *sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "csrc/cpu").glob("*.cpp"))]
+    sources = [
+        "csrc/registration.cpp",
+        *sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "csrc/cpu").glob("*.cpp")),
+    ]
     headers = sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "csrc").rglob("*.h"))
     return [
         CppExtension(
@@ -99,7 +113,9 @@ def build_ext(required: bool) -> type:
             except Exception as error:
                 if required:
                     raise
-                print(f"mpvg_kernels: the C++ CPU kernels did not compile, installing without: {error}", file=sys.stderr)
+                print(
+                    f"mpvg_kernels: the C++ CPU kernels did not compile, installing without: {error}", file=sys.stderr
+                )
 
     return Build
 

@@ -126,7 +126,9 @@ def main(out: Path | None) -> int:
 
     with step(3, f"the first {UPDATES} updates on {fused} and on reference, side by side"):
         if fused == "reference":
-            text = f"Nothing to compare: no fused backend runs here ({backends.status('cpp').reason})."
+            devices, reason = backends.status("cpp")
+            reason = "it was asked for by name" if devices else f"cpp: {reason}"
+            text = f"Nothing to compare: the run itself was on reference ({reason})."
         else:
             result = compare_backends(config, fused, UPDATES)
             text = (

@@ -30,7 +30,12 @@ class _FusedNorm(nn.Module):
             raise ValueError(f"dim={dim}: expected a width of at least 1")
         self.dim, self.eps, self.num_prefix_tokens = dim, eps, num_prefix_tokens
         self.pos_eps = eps if pos_eps is None else pos_eps
-        for name, wanted in (("weight", True), ("bias", bias), ("pos_weight", pos_norm), ("pos_bias", pos_norm and bias)):
+        for name, wanted in (
+            ("weight", True),
+            ("bias", bias),
+            ("pos_weight", pos_norm),
+            ("pos_bias", pos_norm and bias),
+        ):
             parameter = nn.Parameter(torch.empty(dim, device=device, dtype=dtype)) if wanted else None
             self.register_parameter(name, parameter)
         self.reset_parameters()
@@ -108,9 +113,7 @@ class FusedAddLayerNorm(_FusedNorm):
     def __init__(self, dim: int, eps: float = 1e-6, *, bias: bool = True, device=None, dtype=None):
         super().__init__(dim, eps, bias=bias, pos_norm=False, device=device, dtype=dtype)
 
-    def forward(
-        self, x: Tensor, branch: Tensor | None, branch_scale: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, branch: Tensor | None, branch_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x and branch (B, N, D), branch_scale (B,) -> y and the stream h."""
         y, stream, _ = self._call(pe_layer_norm, x, None, branch, branch_scale)
         return y, stream

@@ -117,7 +117,9 @@ def assert_accurate(name: str, got: Tensor, plain: Tensor, exact: Tensor) -> Non
     assert got.dtype == plain.dtype and got.shape == plain.shape, f"{name}: {got.dtype} {got.shape}"
     got, plain, exact = got.detach(), plain.detach(), exact.detach().double()
     if got.dtype == torch.float64:  # nothing more exact to compare with: a few roundings apart
-        torch.testing.assert_close(got, exact, rtol=1e-12, atol=1e-13 * float(exact.norm()), msg=lambda m: f"{name}: {m}")
+        torch.testing.assert_close(
+            got, exact, rtol=1e-12, atol=1e-13 * float(exact.norm()), msg=lambda m: f"{name}: {m}"
+        )
         return
     bound = 1.25 * (plain.double() - exact).norm() + torch.finfo(got.dtype).eps * exact.norm()
     error = (got.double() - exact).norm()

@@ -59,7 +59,10 @@ def test_missing_backend_says_why():
 def test_backend_of_another_device():
     if "cpp" not in mk.available_backends():
         pytest.skip(backends.status("cpp").reason)
-    with mk.use_backend("cpp"), pytest.raises(mk.BackendUnavailableError, match="can't run on a meta tensor.*cpu tensors"):
+    with (
+        mk.use_backend("cpp"),
+        pytest.raises(mk.BackendUnavailableError, match="can't run on a meta tensor.*cpu tensors"),
+    ):
         mk.FusedAddLayerNorm(4, device="meta")(torch.ones(1, 2, 4, device="meta"), None)
 
 

@@ -15,7 +15,17 @@ F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float6
 OPS = ("norm", "pool")
 
 # Shapes: smallest, odd widths, one past a vector, a prime, ViT widths, a wide row, more tokens than a tile.
-SHAPES = [(1, 1, 1), (2, 3, 7), (3, 5, 17), (2, 1, 33), (5, 19, 48), (2, 4, 192), (1, 3, 384), (2, 2, 1280), (17, 2, 20)]
+SHAPES = [
+    (1, 1, 1),
+    (2, 3, 7),
+    (3, 5, 17),
+    (2, 1, 33),
+    (5, 19, 48),
+    (2, 4, 192),
+    (1, 3, 384),
+    (2, 2, 1280),
+    (17, 2, 20),
+]
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -87,7 +97,9 @@ def test_all_prefix(backend, device):
 
 
 @pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("subset", [*itertools.combinations(TENSORS, 1), ("x", "pos"), ("weight", "bias"), ("branch", "pos_bias")])
+@pytest.mark.parametrize(
+    "subset", [*itertools.combinations(TENSORS, 1), ("x", "pos"), ("weight", "bias"), ("branch", "pos_bias")]
+)
 def test_partial_gradients(op, subset, backend, device):
     check(op, Case(3, 4, 12, branch_dtype=F32, scale=True, needs=frozenset(subset), device=device))
 
@@ -308,7 +320,9 @@ def test_checkpoint(backend, device):
     case = Case(2, 3, 8, branch_dtype=F32, device=device)
     t = case.inputs()
     want = gradients(fused("norm", t, case)[0], t, {"y": torch.ones(2, 3, 8, device=device)})
-    y = torch.utils.checkpoint.checkpoint(lambda x: fused("norm", t | {"x": x}, case)[0]["y"], t["x"], use_reentrant=False)
+    y = torch.utils.checkpoint.checkpoint(
+        lambda x: fused("norm", t | {"x": x}, case)[0]["y"], t["x"], use_reentrant=False
+    )
     assert torch.equal(torch.autograd.grad(y.sum(), t["x"])[0], want["x"])
 
 

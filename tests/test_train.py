@@ -59,6 +59,7 @@ def test_fields_from_the_command_line():
         ("--sched.min_lr 1", "config field sched.min_lr is 1.0, expected 0 to optim.lr"),
         ("--sched.warmup_lr 1", "config field sched.warmup_lr is 1.0"),
         ("--loss.smoothing 1", "config field loss.smoothing is 1.0"),
+        ("--aug.prob 2", "config field aug.prob is 2.0, expected 0 to 1"),
         ("--aug.scale 1", "config field aug.scale is 1.0"),
         ("--optim.weight_decay -1", "config field optim.weight_decay is -1.0"),
         ("--log.interval 0", "config field log.interval is 0"),
@@ -117,7 +118,7 @@ def test_split_is_fixed_and_stratified():
 
 def test_normalised_by_the_training_images():
     data = digits()
-    x = torch.cat([x for x, _ in digits(aug=config.Aug(0, 0, 0, 0), batch=1437).train_batches(1)])
+    x = torch.cat([x for x, _ in digits(aug=config.Aug(prob=0), batch=1437).train_batches(1)])
     assert abs(data.train_x.mean() - data.mean[0]) < 5e-4 and abs(data.train_x.std() - data.std[0]) < 5e-4
     assert abs(x.mean()) < 2e-3 and abs(x.std() - 1) < 2e-3
 
@@ -137,11 +138,11 @@ def test_order_and_augmentation_are_functions_of_seed_and_epoch():
     assert torch.equal(x, again) and torch.equal(y, y_again)
     for other in (dict(seed=3, epoch=3), dict(seed=2, epoch=3)):
         assert not torch.equal(batches(**other)[1], y)
-    assert not torch.equal(batches(seed=3, epoch=2, aug=config.Aug(0, 0, 0, 0))[0], x)
+    assert not torch.equal(batches(seed=3, epoch=2, aug=config.Aug(prob=0))[0], x)
 
 
 def test_an_epoch_shows_each_image_once_with_its_label():
-    data = digits(aug=config.Aug(0, 0, 0, 0), batch=1437)
+    data = digits(aug=config.Aug(prob=0), batch=1437)
     ((x, y),) = data.train_batches(1)
     pixels = x * data.std[0] + data.mean[0]
     shown = sorted(
@@ -154,12 +155,24 @@ def test_an_epoch_shows_each_image_once_with_its_label():
 
 
 def test_affine_draws_stay_in_their_range():
-    theta = affine_matrices(4000, config.Aug(degrees=10, translate=0.1, scale=0.2, shear=0), keyed_generator(0, 1))
+    theta = affine_matrices(
+        4000, config.Aug(prob=1, degrees=10, translate=0.1, scale=0.2, shear=0), keyed_generator(0, 1)
+    )
     scale = theta[:, :, :2].det().sqrt()
     angle = torch.atan2(theta[:, 1, 0], theta[:, 0, 0]).rad2deg()
-    for value, low, high in ((1 / scale, 0.8, 1.2), (angle, -10, 10), (theta[:, :, 2], -0.2, 0.2)):
+    for value, low, high in (
+        (1 / scale, 0.8, 1.2),
+        (angle, -10, 10),
+        (theta[:, 0, 2], -0.2, 0.2),
+        (theta[:, 1, 2], -0.2, 0.2),
+    ):
         spread = 0.01 * (high - low)
         assert low - 1e-4 <= value.min() <= low + spread and high - spread <= value.max() <= high + 1e-4
+
+
+def test_share_of_images_that_are_changed():
+    theta = affine_matrices(4000, config.Aug(prob=0.3), keyed_generator(0, 1))
+    assert abs((theta != torch.eye(2, 3)).flatten(1).any(1).float().mean() - 0.3) < 0.03
 
 
 # ---- optimizer, schedule, updates
@@ -320,7 +333,7 @@ def test_timm_reads_the_weights_back(run):
     trainer = loop.Trainer(SMALL)
     for x, y in list(trainer.data.train_batches(1))[:2]:
         trainer.step(x, y)
-    run.save("best", trainer.model, loop.model_args(SMALL, trainer.data))
+    run.save("best", trainer.model)
     model = timm.create_model(f"local-dir:{run.path / 'best'}", pretrained=True).eval()
     x, _ = next(trainer.data.test_batches())
     assert torch.equal(model(x), trainer.model.eval()(x))
@@ -331,8 +344,7 @@ def test_timm_reads_the_weights_back(run):
 
 def test_a_save_that_fails_leaves_the_weights_before_it(run, monkeypatch):
     trainer = loop.Trainer(SMALL)
-    args = loop.model_args(SMALL, trainer.data)
-    run.save("last", trainer.model, args)
+    run.save("last", trainer.model)
     before = {path.name: path.read_bytes() for path in (run.path / "last").iterdir()}
     assert before.keys() == {"config.json", "model.safetensors"}
 
@@ -342,8 +354,8 @@ def test_a_save_that_fails_leaves_the_weights_before_it(run, monkeypatch):
 
     monkeypatch.setattr(checkpoint.safetensors.torch, "save_file", full_disk)
     with pytest.raises(OSError):
-        run.save("last", trainer.model, args)
+        run.save("last", trainer.model)
     assert {path.name: path.read_bytes() for path in (run.path / "last").iterdir()} == before
     monkeypatch.undo()
-    run.save("last", trainer.model, args)  # what the failure left does not stand in the way
+    run.save("last", trainer.model)  # what the failure left does not stand in the way
     assert sorted(path.name for path in run.path.iterdir()) == ["last", "run.json", "status.json"]

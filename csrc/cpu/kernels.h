@@ -68,6 +68,10 @@ struct Kernels {
   void (*pe_norm_pool_bwd)(const Saved&, View dout, View s, const Gradients&, ParallelFor);
 };
 
+// Scratch memory for one call. Each thread keeps its last large block: fresh pages cost more than writing to them.
+void* take_memory(int64_t size);
+void give_memory(void* memory);
+
 // One table for each isa_*.cpp of this build, fastest first, ending with null.
 extern const Kernels* const all_kernels[];
 

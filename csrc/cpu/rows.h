@@ -12,6 +12,7 @@ namespace mpvg::MPVG_ISA {
 constexpr int kRows = 4;
 // Of these, R = 2 at a time go through a loop: two chains of additions hide some of their latency, and w and dw are loaded once for both.
 // Four would run out of general registers for the rows' addresses (tried: a fifth of the instructions were then reloads).
+constexpr int64_t kPrefetchBytes = 1536;
 template <int R>
 struct Together {
   static constexpr int rows = R;
@@ -25,15 +26,14 @@ MPVG_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 MPVG_INLINE int64_t min(int64_t a, int64_t b) { return b < a ? b : a; }
 MPVG_INLINE int64_t max(int64_t a, int64_t b) { return a < b ? b : a; }
 
-// Memory of one call or one thread: uninitialised, aligned to a cache line, handed out in rows.
+// Memory of one call or one thread, uninitialised, aligned to a cache line, handed out in rows.
 template <class T>
 class Scratch {
  public:
-  Scratch(int64_t rows, int64_t Dp) : memory(__builtin_malloc(rows * Dp * sizeof(T) + 64)), row(Dp) {
-    if (!memory) __builtin_trap();
+  Scratch(int64_t rows, int64_t Dp) : memory(take_memory(rows * Dp * sizeof(T) + 64)), row(Dp) {
     next = reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(memory) + 63) & ~uintptr_t(63));
   }
-  ~Scratch() { __builtin_free(memory); }
+  ~Scratch() { give_memory(memory); }
   Scratch(const Scratch&) = delete;
   T* take(int64_t rows = 1) {
     T* p = next;
@@ -53,12 +53,6 @@ MPVG_INLINE void run_parallel(ParallelFor parallel_for, int64_t n, int64_t eleme
   const int64_t grain = 1 + 32768 / max(elements_each, 1);
   if (n > grain) return parallel_for(n, grain, [](int64_t begin, int64_t end, void* f) { (*static_cast<F*>(f))(begin, end); }, &f);
   if (n > 0) f(int64_t(0), n);
-}
-
-// Asks for `size` bytes at p before they are used; Write: for those about to be written.
-template <bool Write = false>
-MPVG_INLINE void prefetch(const void* p, int64_t size) {
-  for (int64_t i = 0; i < size; i += 64) __builtin_prefetch(static_cast<const char*>(p) + i, Write, 3);
 }
 
 // ---- dtypes ----
@@ -207,15 +201,26 @@ MPVG_INLINE Each<R, E*> rows_of(void* const* p) {
   return e;
 }
 
-// Rows that are passed through together, of `samples` samples from b on and as many tokens from n on as fit: first all samples' row n, then
-// all samples' row n + 1. Neighbours so share what belongs to a token (its PE, its sum of dy), and each sample is still read in order.
+// Rows that go together through a pass: of `pair` samples (2: b and b + 1; else 1) as many tokens from n on as fit, first both samples' row n,
+// then both samples' row n + 1. So neighbours share what belongs to a token (its PE, its sum of dy), and each sample is read in order.
 struct Block {
   int64_t b, n;
-  int samples, rows;
-  MPVG_INLINE int64_t b_of(int r) const { return b + r % samples; }
-  MPVG_INLINE int64_t n_of(int r) const { return n + r / samples; }
+  int pair, rows;
+  MPVG_INLINE int64_t b_of(int r) const { return b + (r & (pair - 1)); }
+  MPVG_INLINE int64_t n_of(int r) const { return n + (r >> (pair - 1)); }
   MPVG_INLINE void pointers(const View& v, void** p) const {
-    for (int r = 0; r < rows; ++r) p[r] = v ? v.at(b_of(r), n_of(r)) : nullptr;
+    char* const first = v ? static_cast<char*>(v.at(b, n)) : nullptr;
+    const int64_t size = v ? bytes(v.dtype) : 0, step_b = v.stride_b * size, step_n = v.stride_n * size;
+    for (int r = 0; r < rows; ++r) p[r] = first + (b_of(r) - b) * step_b + (n_of(r) - n) * step_n;
+  }
+  // Asks for the rows of v ahead of their use. Longer rows than these the hardware fetches better by itself.
+  MPVG_INLINE void prefetch(const View& v, int64_t D) const {
+    const int64_t size = D * bytes(v.dtype);
+    if (!v || size > kPrefetchBytes) return;
+    void* p[kRows];
+    pointers(v, p);
+    for (int r = 0; r < rows; ++r)
+      for (int64_t i = 0; i < size; i += 64) __builtin_prefetch(static_cast<const char*>(p[r]) + i);
   }
 };
 

@@ -80,7 +80,9 @@ def _fake_backward(
     return fake_grads(h, weight, pos, pos_weight, x_dtype, branch_dtype, grad_mask)
 
 
-FORWARD = define("pe_norm_pool_fwd", f"({FORWARD_ARGS}) -> (Tensor out, Tensor h, Tensor stats, Tensor s)", _fake_forward)
+FORWARD = define(
+    "pe_norm_pool_fwd", f"({FORWARD_ARGS}) -> (Tensor out, Tensor h, Tensor stats, Tensor s)", _fake_forward
+)
 BACKWARD = define(
     "pe_norm_pool_bwd",
     f"(Tensor dout, Tensor h, Tensor stats, Tensor s, {BACKWARD_ARGS}) -> {GRADS}",

@@ -86,15 +86,15 @@ class RunFolder:
         """Write status.json: `state`, the time, and whatever else is known (epoch, step, accuracy, error)."""
         write_json(self.path / "status.json", {"state": state, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **more})
 
-    def save(self, name: str, model: nn.Module, model_args: dict[str, Any]) -> None:
+    def save(self, name: str, model: nn.Module) -> None:
         """Write weights and config in timm's format: `timm.create_model("local-dir:RUN/best", pretrained=True)`.
 
         Args:
             name: one of WEIGHTS.
-            model_args: what timm.create_model is given to build the model again.
+            model: made by timm.create_model, which has noted in it what it takes to make it again.
         """
         tmp, folder = self.path / f".{name}.tmp", self.path / name
-        timm.models.save_for_hf(model, tmp, model_args=model_args, safe_serialization=True)
+        timm.models.save_for_hf(model, tmp, safe_serialization=True)
         folder.mkdir(exist_ok=True)
         for file in sorted(tmp.iterdir()):  # config.json is the same all through the run, so the pair always fits
             _replace(file, folder / file.name)

@@ -43,8 +43,10 @@ class Data:
 
 @dataclasses.dataclass(frozen=True)
 class Aug:
-    """Random affine augmentation of the training images; each image has draws of its own, uniform in +- the value."""
+    """Random affine augmentation of the training images, each with draws of its own, uniform in +- the value."""
 
+    prob: float = 0.6
+    """Share of the images that are changed; the others stay as sharp as the held-out ones."""
     degrees: float = 10.0
     """Rotation in degrees."""
     translate: float = 0.06
@@ -140,6 +142,7 @@ class Config:
         need(0 <= self.sched.warmup_lr <= self.optim.lr, "sched.warmup_lr", f"0 to optim.lr = {self.optim.lr:g}")
         need(0 <= self.sched.min_lr <= self.optim.lr, "sched.min_lr", f"0 to optim.lr = {self.optim.lr:g}")
         need(0 <= self.loss.smoothing < 1, "loss.smoothing", "0 or more and less than 1")
+        need(0 <= self.aug.prob <= 1, "aug.prob", "0 to 1")
         need(0 <= self.aug.scale < 1, "aug.scale", "0 or more and less than 1")
         need(self.log.interval >= 1, "log.interval", "1 or more")
 

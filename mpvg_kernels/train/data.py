@@ -30,7 +30,8 @@ def affine_matrices(n: int, aug: Aug, generator: torch.Generator) -> Tensor:
     cos, sin, shear = angle.cos() * scale, angle.sin() * scale, shear * aug.shear
     # rotation times shear; the grid runs from -1 to 1, so a share of the side counts double
     rows = [cos, cos * shear - sin, dx * 2 * aug.translate, sin, sin * shear + cos, dy * 2 * aug.translate]
-    return torch.stack(rows, 1).view(n, 2, 3)
+    changed = torch.rand(n, 1, 1, generator=generator) < aug.prob
+    return torch.where(changed, torch.stack(rows, 1).view(n, 2, 3), torch.eye(2, 3))
 
 
 class Digits:
@@ -79,7 +80,8 @@ class Digits:
             at = order[start : start + self.batch]
             x = self.train_x[at]
             grid = F.affine_grid(theta[start : start + self.batch], list(x.shape), align_corners=False)
-            yield self._normalise(F.grid_sample(x, grid, align_corners=False)), self.train_y[at]
+            # Bilinear sampling would blur strokes of a pixel's width, and no held-out image is blurred.
+            yield self._normalise(F.grid_sample(x, grid, mode="bicubic", align_corners=False)), self.train_y[at]
 
     def test_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """The held-out images, unaugmented, each once."""

@@ -50,19 +50,14 @@ def cpu_threads(count: int | None):
         torch.set_num_threads(before)
 
 
-def model_args(config: Config, data: Digits) -> dict[str, Any]:
-    """What timm.create_model is given beside the name: the config's settings and the data's classes, channels, size."""
-    settings = {name: value for name, value in to_dict(config)["model"].items() if value is not None and name != "name"}
-    channels, *size = data.input_size
-    return {"num_classes": data.num_classes, "in_chans": channels, "img_size": tuple(size), **settings}
-
-
 def create_model(config: Config, data: Digits) -> nn.Module:
-    """The config's model for the data, which its preprocessing config describes; its weights come from torch's seed."""
-    name, args = config.model.name, model_args(config, data)
+    """The config's model for the data's classes, channels and image size; its weights come from torch's seed."""
+    args = {name: value for name, value in to_dict(config)["model"].items() if value is not None}
+    name, (channels, *size) = args.pop("name"), data.input_size
     if not timm.is_model(name):
         close = near_matches(name, timm.list_models())
         raise InputError(f"config field model.name is {name!r}, which timm does not know{close}")
+    args |= {"num_classes": data.num_classes, "in_chans": channels, "img_size": tuple(size)}
     preprocessing = {"input_size": data.input_size, "mean": data.mean, "std": data.std, "crop_pct": 1.0}
     try:
         return timm.create_model(name, pretrained_cfg_overlay=preprocessing, **args)
@@ -165,7 +160,6 @@ class Trainer:
 
     def fit(self, run: RunFolder) -> None:
         """Train all epochs; log and save into `run` after each."""
-        args = model_args(self.config, self.data)
         best = -1.0
         with RunLog(run.path, self.config.epochs * self.data.steps) as log:
             for epoch in range(1, self.config.epochs + 1):
@@ -177,7 +171,7 @@ class Trainer:
                     row |= {f"train_{key}": train[key], f"test_{key}": test[key]}
                 log.epoch(row, is_best)
                 for name in WEIGHTS if is_best else ("last",):
-                    run.save(name, self.model, args)
+                    run.save(name, self.model)
                 run.set_status("running", epoch=epoch, step=self.updates, test_acc=test["acc"], best_acc=best)
 
 
@@ -209,8 +203,8 @@ def train(config: Config, out: Path, recipe: str) -> RunFolder:
         last = read_log(run.path, "epoch")[-1]
         run.set_status("finished", epoch=last["epoch"], step=last["step"], test_acc=last["test_acc"])
         print(
-            f"test accuracy {last['test_acc']:.2f} % after {config.epochs} epochs, {time.perf_counter() - start:.0f} s; "
-            f"report in {run.path / 'report.md'}"
+            f"test accuracy {last['test_acc']:.2f} % after {config.epochs} epochs, "
+            f"{time.perf_counter() - start:.0f} s; report in {run.path / 'report.md'}"
         )
         return run
 
