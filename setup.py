@@ -2,13 +2,13 @@
 
 MPVG_BUILD says what is compiled:
 
-    auto  (default) the CPU extension where a C++ compiler works; without one a line says so and the package installs without
+    auto  (default) the CPU extension where a C++ compiler works; else a line says why and the package installs without
     none  nothing: the package then runs on its `reference` backend (and on Triton on a GPU)
     cpu   the CPU extension, or an error
     cuda  the CUDA extension, or an error
 
-The extensions use PyTorch's stable ABI: one binary serves every PyTorch from 2.11 and every Python from 3.10. PyTorch must be
-installed before, hence `pip install --no-build-isolation -e .`: an isolated build would bring a second PyTorch.
+The extensions use PyTorch's stable ABI: one binary serves every PyTorch from 2.11 and every Python from 3.10. PyTorch
+must be installed before, hence `pip install --no-build-isolation -e .`: an isolated build would bring a second PyTorch.
 """
 
 import os
@@ -22,8 +22,8 @@ from setuptools import setup
 ROOT = Path(__file__).resolve().parent
 CHOICES = ("auto", "none", "cpu", "cuda")
 
-# -O3 without -ffast-math: that would drop NaNs and make every thread of the process flush denormals. No -march=native either: the
-# kernels choose the instruction set at run time.
+# -O3 without -ffast-math: that would drop NaNs and make every thread of the process flush denormals. No -march=native
+# either: the kernels choose the instruction set at run time.
 CXX_FLAGS = [
     "-O3",
     "-std=c++17",
@@ -48,7 +48,7 @@ def missing_for_cpu() -> str | None:
         import torch
         from torch.utils.cpp_extension import get_cxx_compiler
     except ImportError as error:
-        return f"PyTorch does not import ({error}); install torch>=2.11 first, then `pip install --no-build-isolation -e .`"
+        return f"PyTorch does not import ({error}); install torch>=2.11, then `pip install --no-build-isolation -e .`"
     if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 11):
         return f"PyTorch {torch.__version__} is too old; the extension needs 2.11 or later"
     if sys.platform == "win32":
@@ -65,12 +65,13 @@ def missing_for_cpu() -> str | None:
         except OSError as error:
             return f"no C++ compiler: {compiler} does not run ({error.strerror}); install g++ or clang++, or set CXX"
     if result.returncode:
-        return f"the C++ compiler fails on a three-line program: {compiler}: {(result.stderr.strip() or '?').splitlines()[-1]}"
+        last = (result.stderr.strip() or "?").splitlines()[-1]
+        return f"the C++ compiler fails on a three-line program: {compiler}: {last}"
     return None
 
 
 def extensions() -> list:
-    """The extensions to build. An explicit choice that can't be met is an error; `auto` goes on without, and says so."""
+    """The extensions to build. An explicit choice that can't be met is an error; `auto` says so and goes on."""
     chosen = choice()
     if chosen == "none":
         return []

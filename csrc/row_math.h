@@ -2,10 +2,10 @@
 //
 // Notation:  v a row of width D;  m1 = mean(v);  c = v - m1;  m2 = mean(c);  vhat = (c - m2) * rstd.
 // Why m1 and m2: m1 is rounded, so at a large common offset the residue m2 is not small against the row's own deviation. Taking it
-// off again (and mean(c)^2 off mean(c^2)) costs one addition a term and is exact where plain two-pass statistics are not.
+// off again (and mean(c)^2 off mean(c^2)) costs one addition a term and holds where plain two-pass statistics do not.
 //
-// V is a scalar or a SIMD type with an fma(x, y, z) = x * y + z; T is its element. The includer sets MPVG_ISA, the namespace: code compiled for different instruction
-// sets must not share a symbol, or the linker would be free to keep the one that the machine cannot run.
+// V is a scalar or a SIMD type with an fma(x, y, z) = x * y + z; T is its element. The includer sets MPVG_ISA, the namespace: code compiled
+// for different instruction sets must not share a symbol, or the linker would be free to keep the one that the machine cannot run.
 #pragma once
 
 #ifndef MPVG_HD

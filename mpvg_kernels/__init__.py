@@ -1,4 +1,4 @@
-"""mpvg_kernels: fused kernels that make a vision transformer's position embedding cost nothing, and MPVG models on them."""
+"""mpvg_kernels: fused kernels for vision transformers with position embeddings, and MPVG models on them."""
 
 __version__ = "0.1.0"
 

@@ -1,8 +1,8 @@
 """Which kernels there are on this machine, why others are not, and which one a call gets.
 
-`auto` (the default) takes the first backend that runs on the tensor's device and falls back to `reference` in silence; a
-backend asked for by name either runs or raises an error that says what is missing. The environment variable MPVG_BACKEND
-sets the default.
+`auto` (the default) takes the first backend that runs on the tensor's device and falls back to `reference` in silence;
+a backend asked for by name either runs or raises an error that says what is missing. The environment variable
+MPVG_BACKEND sets the default.
 """
 
 import difflib

@@ -1,7 +1,7 @@
 """The public functions: they check their arguments, settle the output dtype, choose the backend, and call the operator.
 
-Every argument is checked here, once, before anything is allocated, so that each backend gives the same error and no kernel
-sees an input that it can't read.
+Every argument is checked here, once, before anything is allocated, so that each backend gives the same error and no
+kernel sees an input that it can't read.
 """
 
 import math
@@ -44,15 +44,17 @@ def pe_layer_norm(
     num_prefix_tokens: int = 0,
     out_dtype: torch.dtype | None = None,
 ) -> PELayerNormOutput:
-    """Dual LayerNorm with residual add, y = LN(x + branch_scale * branch) + LN'(pos), in one pass (MPVG, arXiv 2502.02919).
+    """Dual LayerNorm with residual add, y = LN(x + branch_scale * branch) + LN'(pos), in one pass.
+
+    The norm before each layer's self-attention in MPVG (arXiv 2502.02919).
 
     Args:
-        x: (B, N, D), or (B, ..., D) with more token axes; fp32, bf16 or fp16 (fp64 on `reference` and `cpp`). Read without a
-            copy when it is a (B, N, D) view with a contiguous last axis.
+        x: (B, N, D), or (B, ..., D) with more token axes; fp32, bf16 or fp16 (fp64 on `reference` and `cpp`). Read
+            without a copy when it is a (B, N, D) view with a contiguous last axis.
         weight: (D,), LN's scale; fp32 or x's dtype.
         bias: (D,) in weight's dtype, or None.
-        pos: (N - num_prefix_tokens, D), the position embedding, with or without a leading axis of size 1 and with x's token
-            axes; fp32 or x's dtype. None: a plain LayerNorm (with the residual add, if there is a branch).
+        pos: (N - num_prefix_tokens, D), the position embedding, with or without a leading axis of size 1 and with x's
+            token axes; fp32 or x's dtype. None: a plain LayerNorm (with the residual add, if there is a branch).
         pos_weight: (D,), LN''s scale, needed with pos; fp32 or x's dtype.
         pos_bias: (D,) in pos_weight's dtype, or None.
         branch: x's shape, any of x's dtypes: the output of the previous sub-layer, added to x.
@@ -94,7 +96,7 @@ def pe_norm_pool(
     num_prefix_tokens: int = 0,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """The last LayerNorm with PE and global average pooling, mean_n(LN(h) + LN'(pos)) with h = x + branch_scale * branch.
+    """The last LayerNorm with PE and global average pooling: mean_n(LN(h) + LN'(pos)), h = x + branch_scale * branch.
 
     Reads x once and writes (B, D) (MPVG, arXiv 2502.02919). The mean leaves the prefix tokens out.
 
@@ -110,7 +112,8 @@ def pe_norm_pool(
     )
     if args[0].shape[1] == num_prefix_tokens:
         raise ValueError(
-            f"x of shape {tuple(x.shape)} has no token to pool: expected more than num_prefix_tokens={num_prefix_tokens}"
+            f"x of shape {tuple(x.shape)} has no token to pool: expected more than the "
+            f"num_prefix_tokens={num_prefix_tokens}"
         )
     return _run(_pe_norm_pool, _pe_norm_pool.PENormPoolFunction, args)
 

@@ -1,7 +1,7 @@
-"""nn.Modules around the operators, with LayerNorm's parameter names, so that a timm checkpoint's `norm1.weight` loads as it is.
+"""nn.Modules around the operators, with LayerNorm's parameter names: a timm checkpoint's `norm1.weight` loads as it is.
 
-All hold `weight` and `bias`, the token LayerNorm's; those that take a position embedding (PE) also `pos_weight` and `pos_bias`,
-the PE LayerNorm's. They compute the same on every backend, `reference` included, and have the same state dict there.
+All hold `weight` and `bias`, the token LayerNorm's; those that take a position embedding (PE) also `pos_weight` and
+`pos_bias`, the PE LayerNorm's. They compute the same on every backend, `reference` included, with the same state dict.
 """
 
 import torch
@@ -120,7 +120,7 @@ class FusedAddLayerNorm(_FusedNorm):
 
 
 class FusedPELayerNormPool(_FusedNorm):
-    """mean_n(LN(h) + LN'(pos)) with h = x + branch_scale * branch: the last norm and global average pooling in one pass.
+    """mean_n(LN(h) + LN'(pos)) with h = x + branch_scale * branch: the last norm and the pool in one pass.
 
     Args: as `FusedPELayerNorm`, and
         pos_norm: False has no LN' and takes no pos (the last norm of PVG and of plain GAP models).

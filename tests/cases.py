@@ -1,4 +1,4 @@
-"""Random cases for the operators, the plain formula written out, and the accuracy rule that every backend is held to."""
+"""Random cases for the operators, the plain formula written out, and the accuracy rule for every backend."""
 
 from dataclasses import dataclass, field
 

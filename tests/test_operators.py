@@ -1,4 +1,4 @@
-"""Every backend against the plain formula in fp64, by the accuracy rule: outputs, gradients, layouts, containment, repeatability."""
+"""Every backend against the formula in fp64, by the accuracy rule; layouts, containment, repeatability, autograd."""
 
 import itertools
 

@@ -22,7 +22,9 @@
 #endif
 
 namespace mpvg {
-extern const Kernels kernels_avx2 =
-    avx2::table("avx2", [] { return bool(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")); });
-}
+extern const Kernels kernels_avx2 = avx2::table("avx2", []() -> bool {
+  return __builtin_cpu_supports("avx2") &&
+         __builtin_cpu_supports("fma");
+});
+}  // namespace mpvg
 #endif

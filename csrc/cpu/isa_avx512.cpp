@@ -22,7 +22,11 @@
 #endif
 
 namespace mpvg {
-extern const Kernels kernels_avx512 =
-    avx512::table("avx512", [] { return bool(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")); });
-}
+extern const Kernels kernels_avx512 = avx512::table("avx512", []() -> bool {
+  return __builtin_cpu_supports("avx512f") &&
+         __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512vl");
+});
+}  // namespace mpvg
 #endif

@@ -8,10 +8,10 @@
 #define MPVG_VECTOR_BYTES 64
 #define MPVG_AVX512_BF16
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,prfchw,avx2,fma,f16c"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c"))), apply_to = function)
 #else
 #pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,prfchw,avx2,fma,f16c")
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")
 #endif
 
 #include "isa.h"
@@ -23,7 +23,12 @@
 #endif
 
 namespace mpvg {
-extern const Kernels kernels_avx512_bf16 =
-    avx512_bf16::table("avx512_bf16", [] { return bool(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bf16")); });
-}
+extern const Kernels kernels_avx512_bf16 = avx512_bf16::table("avx512_bf16", []() -> bool {
+  return __builtin_cpu_supports("avx512f") &&
+         __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("avx512bf16");
+});
+}  // namespace mpvg
 #endif

@@ -26,7 +26,7 @@ struct View {
   void* at(int64_t b, int64_t n) const { return static_cast<char*>(data) + (b * stride_b + n * stride_n) * bytes(dtype); }
 };
 
-// Runs body(begin, end, context) over pieces of [0, n) of at least `grain`, on as many threads as there are. Same shape as torch's.
+// Runs body(begin, end, context) over pieces of [0, n) of at least `grain`, on as many threads as there are.
 using Body = void (*)(int64_t begin, int64_t end, void* context);
 using ParallelFor = void (*)(int64_t n, int64_t grain, Body body, void* context);
 

@@ -7,8 +7,9 @@
 
 namespace mpvg::MPVG_ISA {
 
-// A tile's rows of T share the L2 with the streams that go by. Longer is better for the hardware's prefetching, which stops where a sample's
-// part of the tile ends (tried: without prefetching, 16 KB cost 1.5x the time of 256 KB; with it, 128 KB costs what 256 KB does and has twice the units).
+// A tile's rows of T share the L2 with the streams that go by. Longer is better for the hardware's prefetching, which stops where a
+// sample's part of the tile ends, shorter for the number of units. (Tried: 16 KB cost 1.5x the time of 256 KB; with software prefetching
+// 128 KB costs no more than 256 KB.)
 constexpr int64_t kTileBytes = 128 << 10;
 // Samples in a slice. The backward's partial sums are 8 / kBackwardSlice bytes read and written per element of x, and plain fp32 sums.
 constexpr int64_t kForwardSlice = 4, kBackwardSlice = 8;
@@ -61,17 +62,16 @@ void pe_layer_norm_fwd(const Inputs& in, const PELayerNormOutputs& out, Parallel
   }
 
   const Stream<T> stream(in, out.h);
-  T* m1 = static_cast<T*>(out.stats.data);
-  T* rstd = m1 + B * N;
+  T* const m1 = static_cast<T*>(out.stats.data);
+  T* const rstd = m1 ? m1 + B * N : nullptr;
   const auto write = with_dtype<T>(out.y.dtype, [](auto y) { return &affine_rows<T, typename decltype(y)::type>; });
-  const bool streaming = size_of(in.x, in.shape) + size_of(in.branch, in.shape) + size_of(out.h, in.shape) + size_of(out.y, in.shape) > kStreamBytes &&
-                         aligned(out.y) && aligned(out.h);
+  const bool streaming = Streaming(in.shape).reads(in.x).reads(in.branch).writes(out.h).writes(out.y).pays();
   const Tiling tiling(in.shape, Dp * sizeof(T), kForwardSlice);
   run_parallel(parallel_for, tiling.units(), tiling.elements_each(Dp), [&](int64_t begin, int64_t end) {
     Scratch<T> local(kRows, Dp);
     T* buffer = local.take(kRows);
     for (int64_t unit = begin; unit < end; ++unit) tiling.visit(unit, [&](Block at, Block next) {
-      next.prefetch(in.x, D), next.prefetch(in.branch, D);
+      if (streaming) next.prefetch(in.x, D), next.prefetch(in.branch, D);
       const T *h[kRows], *addend[kRows];
       void* y_rows[kRows];
       Moments<T> m[kRows];
@@ -114,8 +114,7 @@ void pe_layer_norm_bwd(const Saved& in, View dy_BND, View dh_BND, View dpos_out,
   const auto write_dx = choose_input_gradients<T>(grad.x.dtype, dh_BND.dtype);
   const auto write_dx_and_sums = choose_input_gradients<T, true>(grad.x.dtype, dh_BND.dtype);
   const auto write_df = choose_input_gradients<T>(grad.branch.dtype, dh_BND.dtype);
-  const bool streaming = size_of(dy_BND, in.shape) + size_of(dh_BND, in.shape) + size_of(in.h, in.shape) + size_of(grad.x, in.shape) +
-                                 size_of(grad.branch, in.shape) > kStreamBytes && aligned(grad.x) && aligned(grad.branch);
+  const bool streaming = Streaming(in.shape).reads(dy_BND).reads(dh_BND).reads(in.h).writes(grad.x).writes(grad.branch).pays();
   const bool dy_in_place = in_place<T>(dy_BND, D), h_in_place = in_place<T>(in.h, D);
 
   run_parallel(parallel_for, units, tiling.elements_each(Dp), [&](int64_t begin, int64_t end) {
@@ -131,7 +130,7 @@ void pe_layer_norm_bwd(const Saved& in, View dy_BND, View dh_BND, View dpos_out,
       if (dw) zero_rows(dw_samples, 1, Dp);
       if (sum) zero_rows(sum_samples, 1, Dp);
       tiling.visit(unit, [&](Block at, Block next) {
-        next.prefetch(dy_BND, D), next.prefetch(in.h, D), next.prefetch(dh_BND, D);
+        if (streaming) next.prefetch(dy_BND, D), next.prefetch(in.h, D), next.prefetch(dh_BND, D);
         void *dy_rows[kRows], *h_rows[kRows], *dh_rows[kRows], *dx_rows[kRows], *df_rows[kRows];
         const T *dy[kRows], *h[kRows];
         Moments<T> m[kRows];
@@ -151,7 +150,8 @@ void pe_layer_norm_bwd(const Saved& in, View dy_BND, View dh_BND, View dpos_out,
           T* const dw_token = dw ? dw_samples : nullptr;
           T* const sum_token = by_token ? sum + (at.n_of(r) - n0) * Dp : sum ? sum_samples : nullptr;
           if (grad.x && dw && sum) {
-            write_dx_and_sums(at.pair, dx_rows + r, streaming, dh_rows + r, dy + r, w, h + r, m + r, means + r, one, dw_token, sum_token, D);
+            write_dx_and_sums(at.pair, dx_rows + r, streaming, dh_rows + r, dy + r, w, h + r, m + r, means + r, one, dw_token, sum_token,
+                              D);
             continue;
           }
           accumulate(at.pair, dy + r, h + r, m + r, dw_token, sum_token, Dp);

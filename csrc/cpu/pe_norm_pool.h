@@ -62,8 +62,8 @@ void pe_norm_pool_fwd(const Inputs& in, const PENormPoolOutputs& out, ParallelFo
   };
 
   const Stream<T> stream(in, out.h);
-  T* m1 = static_cast<T*>(out.stats.data);
-  T* rstd = m1 + B * N;
+  T* const m1 = static_cast<T*>(out.stats.data);
+  T* const rstd = m1 ? m1 + B * N : nullptr;
   run_parallel(parallel_for, B * pieces, piece * Dp, [&](int64_t begin, int64_t end) {
     Scratch<T> local(kRows + 2, Dp);
     T *buffer = local.take(kRows), *block_sum = local.take(), *sample_sum = local.take();
@@ -108,8 +108,7 @@ void pool_input_gradients(const Saved& in, View dout_BD, const T* w, const Gradi
   const auto write_dx = choose_input_gradients<T>(grad.x.dtype, Dtype::absent);
   const auto write_df = choose_input_gradients<T>(grad.branch.dtype, Dtype::absent);
   const bool h_in_place = in_place<T>(in.h, D);
-  const bool streaming = size_of(in.h, in.shape) + size_of(grad.x, in.shape) + size_of(grad.branch, in.shape) > kStreamBytes &&
-                         aligned(grad.x) && aligned(grad.branch);
+  const bool streaming = Streaming(in.shape).reads(in.h).writes(grad.x).writes(grad.branch).pays();
   run_parallel(parallel_for, B * pieces, kPoolRows * Dp, [&](int64_t begin, int64_t end) {
     Scratch<T> local(kRows + 1, Dp);
     T *buffer = local.take(kRows), *dout = local.take();

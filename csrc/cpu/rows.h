@@ -10,9 +10,11 @@ namespace mpvg::MPVG_ISA {
 
 // Rows that go through each pass together: so much time lies between a prefetch and its use, and the buffers stay in L1.
 constexpr int kRows = 4;
-// Of these, R = 2 at a time go through a loop: two chains of additions hide some of their latency, and w and dw are loaded once for both.
-// Four would run out of general registers for the rows' addresses (tried: a fifth of the instructions were then reloads).
+// Rows longer than this the hardware prefetches better by itself (tried: at 3 KB, software prefetching costs 15 %; at 0.75 and 1.5 KB it
+// saves 10 to 30 % of a call that reads from memory).
 constexpr int64_t kPrefetchBytes = 1536;
+// Rows that go through a loop together, R = 2 of the kRows: two chains of additions hide some of their latency, and w and dw are loaded
+// once for both. Four run out of general registers for the rows' addresses (tried: a third of the instructions were then reloads).
 template <int R>
 struct Together {
   static constexpr int rows = R;
@@ -107,16 +109,27 @@ MPVG_INLINE bool in_place(const View& v, int64_t D) {
   return bytes(v.dtype) == sizeof(T) && D % Vec<T>::lanes == 0;
 }
 
-// Whether to write the (B, N, D) outputs of a call past the caches. Worth it when the call's (B, N, D) tensors together are more than the
-// last-level cache will keep of them anyway; the stores then save the reading of what they overwrite. Measured on a core of an EPYC
-// with 32 MiB L3: 10 MB, 15 % slower; 14 MB, 25 % faster; 19 MB and more, 5 to 40 % faster.
+// Whether a call writes its (B, N, D) outputs past the caches, and prefetches. Worth it when its (B, N, D) tensors together are more than
+// the last-level cache will keep of them anyway: such stores save the reading of what they overwrite. Measured on one core of an EPYC
+// with 32 MiB L3: 10 MB in all, 15 % slower; 14 MB, 25 % faster; 19 MB and more, 5 to 40 % faster.
 constexpr int64_t kStreamBytes = 12 << 20;
 
-MPVG_INLINE int64_t size_of(const View& v, const Shape& s) { return v ? s.B * s.N * s.D * bytes(v.dtype) : 0; }
-MPVG_INLINE bool aligned(const View& v) {
-  constexpr int64_t align = MPVG_VECTOR_BYTES;
-  return !v || (reinterpret_cast<uintptr_t>(v.data) % align == 0 && v.stride_n * bytes(v.dtype) % align == 0 && v.stride_b * bytes(v.dtype) % align == 0);
-}
+struct Streaming {
+  const Shape& shape;
+  int64_t size = 0;
+  bool aligned = true;
+
+  MPVG_INLINE explicit Streaming(const Shape& shape) : shape(shape) {}
+  MPVG_INLINE Streaming& reads(const View& v) {
+    size += v ? shape.B * shape.N * shape.D * bytes(v.dtype) : 0;
+    return *this;
+  }
+  MPVG_INLINE Streaming& writes(const View& v) {  // outputs are contiguous
+    aligned = aligned && (!v || (reinterpret_cast<uintptr_t>(v.data) | (shape.D * bytes(v.dtype))) % MPVG_VECTOR_BYTES == 0);
+    return reads(v);
+  }
+  MPVG_INLINE bool pays() const { return size > kStreamBytes && aligned; }
+};
 
 // ---- a row as T, without more ----
 
@@ -148,13 +161,16 @@ T* parameter(Scratch<T>& scratch, const View& v, int64_t D) {
   return p;
 }
 
-// scale[b], or 1 if there is no scale
+// scale[b], of any dtype, or 1 if there is no scale
 template <class T>
 MPVG_INLINE T scale_of(const View& scale, int64_t b) {
   if (!scale) return T(1);
-  T t[Vec<T>::lanes];
-  read_row(t, {static_cast<char*>(scale.data) + b * bytes(scale.dtype), scale.dtype}, 0, 1);
-  return t[0];
+  if (scale.dtype == Dtype::f64) return T(static_cast<const double*>(scale.data)[b]);
+  float t[Vec<float>::lanes];
+  with_dtype<float>(scale.dtype, [&](auto e) {
+    store(t, load<float>(static_cast<const typename decltype(e)::type*>(scale.data) + b, Part{1}));
+  });
+  return T(t[0]);
 }
 
 // dst += src
@@ -201,8 +217,8 @@ MPVG_INLINE Each<R, E*> rows_of(void* const* p) {
   return e;
 }
 
-// Rows that go together through a pass: of `pair` samples (2: b and b + 1; else 1) as many tokens from n on as fit, first both samples' row n,
-// then both samples' row n + 1. So neighbours share what belongs to a token (its PE, its sum of dy), and each sample is read in order.
+// Rows that go together through a pass: of `pair` samples (2: b and b + 1; else 1) as many tokens from n on as fit, first both samples' row
+// n, then both samples' row n + 1. So neighbours share what belongs to a token (its PE, its sum of dy), and each sample is read in order.
 struct Block {
   int64_t b, n;
   int pair, rows;
@@ -226,11 +242,11 @@ struct Block {
 
 // ---- forward: h = x + s * f, its moments, y = hhat * w + t ----
 
-// First pass over rows of the stream. h is rounded to its dtype and kept, unless its rows are null; sum[r] = sum(h), of h as stored. buffer is
-// null if x is used in place.
+// First pass over rows of the stream. h is rounded to its dtype and kept, unless its rows are null; sum[r] = sum(h), of h as stored. buffer
+// is null if x is used in place.
 template <class T, class X, class F>
-void join_rows(int rows, T* buffer, void* const* x_rows, void* const* f_rows, void* const* h_rows, bool streaming, const T* scales, int64_t D,
-               T* sum) {
+void join_rows(int rows, T* buffer, void* const* x_rows, void* const* f_rows, void* const* h_rows, bool streaming, const T* scales,
+               int64_t D, T* sum) {
   using H = typename Promote<X, F>::type;
   constexpr bool joined = !__is_same(F, None);
   using F_ = typename Promote<F, None>::type;  // F itself
@@ -340,8 +356,8 @@ MPVG_INLINE void add_normalised(int rows, T* sum, const T* const* v_rows, const 
 
 // ---- backward: dv = s * (dh + rstd * (g - mean(g) - vhat * mean(g * vhat))), g = dy * w ----
 
-// First pass over rows v whose m1 and rstd are known: brings dy and v into their buffers (null: used in place), finds m2 and the means. dy and
-// v point to the rows, of G and V.
+// First pass over rows v (of dtype V) whose m1 and rstd are known: brings dy (of dtype G) and v into their buffers, unless these are null
+// because rows are used in place; finds m2 and the means.
 template <class T, class G, class V>
 void find_grad_means(int rows, T* dy_buffer, void* const* dy_rows, T* v_buffer, void* const* v_rows, const T* w,
                      Moments<T>* moments, GradMeans<T>* means, int64_t D) {
@@ -369,15 +385,18 @@ void find_grad_means(int rows, T* dy_buffer, void* const* dy_rows, T* v_buffer, 
 template <class T>
 auto choose_grad_means(Dtype dy, Dtype v) {
   return with_dtype<T>(dy, [&](auto g_type) {
-    return with_dtype<T>(v, [&](auto v_type) { return &find_grad_means<T, typename decltype(g_type)::type, typename decltype(v_type)::type>; });
+    return with_dtype<T>(v, [&](auto v_type) {
+      return &find_grad_means<T, typename decltype(g_type)::type, typename decltype(v_type)::type>;
+    });
   });
 }
 
 // Last pass: dv in its dtype, from dh (dtype DH, which may be None). The sums over rows may go along, if both are wanted:
 // dw += dy * vhat;  sum += dy.
 template <class T, class DV, class DH, bool Sums>
-void input_gradients(int rows, void* const* dv_rows, bool streaming, void* const* dh_rows, const T* const* dy_rows, const T* w, const T* const* v_rows,
-                     const Moments<T>* moments, const GradMeans<T>* means, const T* scales, T* dw, T* sum, int64_t D) {
+void input_gradients(int rows, void* const* dv_rows, bool streaming, void* const* dh_rows, const T* const* dy_rows, const T* w,
+                     const T* const* v_rows, const Moments<T>* moments, const GradMeans<T>* means, const T* scales, T* dw, T* sum,
+                     int64_t D) {
   constexpr bool has_dh = !__is_same(DH, None);
   using DH_ = typename Promote<DH, None>::type;
   in_pairs<T>(rows, D, [&](int r0, auto together) MPVG_LAMBDA {

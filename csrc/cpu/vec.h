@@ -59,11 +59,19 @@ MPVG_INLINE R fma_reg(R x, R y, R z) {
   return x * y + z;
 }
 #if MPVG_VECTOR_BYTES == 64
-MPVG_INLINE reg<float> fma_reg(reg<float> x, reg<float> y, reg<float> z) { return (reg<float>)_mm512_fmadd_ps((__m512)x, (__m512)y, (__m512)z); }
-MPVG_INLINE reg<double> fma_reg(reg<double> x, reg<double> y, reg<double> z) { return (reg<double>)_mm512_fmadd_pd((__m512d)x, (__m512d)y, (__m512d)z); }
+MPVG_INLINE reg<float> fma_reg(reg<float> x, reg<float> y, reg<float> z) {
+  return (reg<float>)_mm512_fmadd_ps((__m512)x, (__m512)y, (__m512)z);
+}
+MPVG_INLINE reg<double> fma_reg(reg<double> x, reg<double> y, reg<double> z) {
+  return (reg<double>)_mm512_fmadd_pd((__m512d)x, (__m512d)y, (__m512d)z);
+}
 #elif MPVG_VECTOR_BYTES == 32
-MPVG_INLINE reg<float> fma_reg(reg<float> x, reg<float> y, reg<float> z) { return (reg<float>)_mm256_fmadd_ps((__m256)x, (__m256)y, (__m256)z); }
-MPVG_INLINE reg<double> fma_reg(reg<double> x, reg<double> y, reg<double> z) { return (reg<double>)_mm256_fmadd_pd((__m256d)x, (__m256d)y, (__m256d)z); }
+MPVG_INLINE reg<float> fma_reg(reg<float> x, reg<float> y, reg<float> z) {
+  return (reg<float>)_mm256_fmadd_ps((__m256)x, (__m256)y, (__m256)z);
+}
+MPVG_INLINE reg<double> fma_reg(reg<double> x, reg<double> y, reg<double> z) {
+  return (reg<double>)_mm256_fmadd_pd((__m256d)x, (__m256d)y, (__m256d)z);
+}
 #endif
 template <class T>
 MPVG_INLINE Vec<T> fma(Vec<T> x, Vec<T> y, Vec<T> z) {

@@ -1,4 +1,4 @@
-"""The operators: for each, its schema, its fakes, the plain formula and the autograd Function around the raw operators."""
+"""The operators: for each, its schema, fakes, plain formula, and the autograd Function around the raw operators."""
 
 from . import pe_layer_norm, pe_norm_pool
 

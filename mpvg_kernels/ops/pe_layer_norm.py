@@ -1,7 +1,7 @@
 """Dual LayerNorm, y = LN(x + s f) + LN'(pos): schema, fakes, plain formula and autograd Function.
 
-MPVG (arXiv 2502.02919) gives every layer LN_l(x) + pos_l with pos_l = LN'_l(pos_{l-1}). With h = x + s[b] f, g = dy * w and
-hhat the normalised row, the backward is
+MPVG (arXiv 2502.02919) gives every layer LN_l(x) + pos_l with pos_l = LN'_l(pos_{l-1}). With h = x + s[b] f,
+g = dy * w and hhat the normalised row, the backward is
 
     dh   += rstd * (g - mean(g) - hhat * mean(g * hhat))       dx = dh, df = s[b] * dh
     dp'   = dp'_next + sum_b dy[b]                             the only reduction over the batch besides dw

@@ -2,8 +2,8 @@
 
     out[b] = mean_n( LN(h[b,n]) + LN'(pos[n]) ) = w * S[b] + b + mean_n LN'(pos[n])     with S[b] = mean_n hhat[b,n]
 
-MPVG's y = LN(x) + LN'(pos_0) followed by the mean over tokens (arXiv 2502.02919). Because the pool's gradient is the same for
-every token, nothing in the backward is summed over B * N, given S:
+MPVG's y = LN(x) + LN'(pos_0) followed by the mean over tokens (arXiv 2502.02919). Because the pool's gradient is the
+same for every token, nothing in the backward is summed over B * N, given S:
 
     dw = sum_b dout[b] * S[b]     db = sum_b dout[b]     dp'[n] = sum_b dout[b] / N
     g[b] = dout[b] * w / N        dh[b,n] = rstd * (g - mean(g) - hhat * mean(g * hhat))
