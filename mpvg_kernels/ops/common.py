@@ -1,8 +1,8 @@
 """What the operators share: the `mpvg` library, the gradient mask, pieces of the plain formula and of the Functions.
 
 A raw operator exists once for each kernel backend (`pe_layer_norm_fwd_cpp`, `pe_layer_norm_fwd_triton`, ...) with one
-schema and one fake. It is functional: it never changes an input, and its results never alias one. What it does not compute (a
-gradient that nobody asked for, say) it returns as None.
+schema and one fake. It is functional: it never changes an input, and its results never alias one. What it does not
+compute (a gradient that nobody asked for, say) it returns as None.
 
 Shape suffixes on tensor names: B batch, N tokens, D width, K positions (N less the prefix tokens).
 """
