@@ -1,0 +1,48 @@
+"""The CPU kernels under address and undefined-behaviour sanitizers: csrc/cpu without torch, driven by sanitizers_driver.cpp."""
+
+import os
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+KERNELS = ROOT / "csrc/cpu"
+SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-O1", "-g1"]
+FLAGS = ["-std=c++17", "-fno-math-errno", "-ffp-contract=off"]
+
+
+def compiler() -> list[str]:
+    """g++ with its sanitizer libraries, or a skip that says what is missing."""
+    gcc = shutil.which("g++")
+    if gcc is None:
+        pytest.skip("g++ is not installed")
+    for library in ("libasan.so", "libubsan.so"):
+        where = subprocess.run([gcc, f"-print-file-name={library}"], capture_output=True, text=True).stdout.strip()
+        if not os.path.isabs(where):
+            pytest.skip(f"g++ has no {library}")
+    # Checks as calls instead of inline code: half the time to compile.
+    return [gcc, "--param=asan-instrumentation-with-call-threshold=0", "-w"]
+
+
+@pytest.mark.slow
+def test_kernels_are_clean_on_every_instruction_set(tmp_path):
+    command = compiler() + SANITIZE + FLAGS
+    sources = [*sorted(KERNELS.glob("isa_*.cpp")), KERNELS / "dispatch.cpp", ROOT / "tests/sanitizers_driver.cpp"]
+
+    def compile_one(source: Path) -> Path:
+        target = tmp_path / f"{source.stem}.o"
+        subprocess.run([*command, "-c", source, "-o", target], check=True)
+        return target
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(compile_one, sources))
+    program = tmp_path / "driver"
+    subprocess.run([*command, *objects, "-o", program], check=True)
+    # torch's processes may preload libraries that address sanitizer wants to come before.
+    environment = {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"}
+    result = subprocess.run([program], capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr[-4000:]
+    assert "baseline ok" in result.stdout
