@@ -23,9 +23,13 @@ ROOT = Path(__file__).resolve().parent
 CHOICES = ("auto", "none", "cpu", "cuda")
 
 # -O3 without -ffast-math: that would drop NaNs and make every thread of the process flush denormals. No -march=native
-# either: the kernels choose the instruction set at run time.
+# either: the kernels choose the instruction set at run time. -ffp-contract=off is for csrc/cpu/vec.h, which says why.
+# The warnings are GCC's about its own AVX-512 intrinsics; -g0 keeps 10 MB of debug information out of the library.
 CXX_FLAGS = [
     "-O3",
+    "-g0",
+    "-Wno-uninitialized",
+    "-Wno-maybe-uninitialized",
     "-std=c++17",
     "-fno-math-errno",
     "-ffp-contract=off",

@@ -73,7 +73,9 @@ def test_extension_needs_only_the_stable_abi():
     """No symbol of torch's C++ libraries (at::, c10::, torch::), only the C functions of its stable ABI."""
     if not shutil.which("nm"):
         pytest.skip("nm is not installed")
-    symbols = subprocess.run(["nm", "-D", "--undefined-only", BUILT[0]], capture_output=True, text=True, check=True).stdout
+    symbols = subprocess.run(
+        ["nm", "-D", "--undefined-only", BUILT[0]], capture_output=True, text=True, check=True
+    ).stdout
     names = [line.split()[-1] for line in symbols.splitlines()]
     assert "torch_parallel_for" in names
     assert not [n for n in names if re.match(r"_ZN?K?\d*(2at|3c10|5torch)", n)]
@@ -98,7 +100,7 @@ def test_instruction_set_can_be_lowered(isa):
             torch.testing.assert_close(mk.pe_layer_norm(x, w, None).y, want)
         finally:
             assert cpu_isa("") == fastest
-    code = "import torch; torch.ops.load_library(r'%s'); print(torch.ops.mpvg.cpu_isa())" % BUILT[0]
+    code = f"import torch; torch.ops.load_library(r'{BUILT[0]}'); print(torch.ops.mpvg.cpu_isa())"
     result = subprocess.run(
         [sys.executable, "-c", code], env=os.environ | {"MPVG_CPU_ISA": isa}, capture_output=True, text=True
     )

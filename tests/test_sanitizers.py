@@ -1,4 +1,4 @@
-"""The CPU kernels under address and undefined-behaviour sanitizers: csrc/cpu without torch, driven by sanitizers_driver.cpp."""
+"""The CPU kernels (csrc/cpu, without torch) under address and undefined-behaviour sanitizers: sanitizers_driver.cpp."""
 
 import os
 import shutil
