@@ -36,11 +36,11 @@ struct Tiling {
   MPVG_INLINE void visit(int64_t unit, F f) const {
     const int64_t n0 = first_row(unit), n1 = n0 + rows(unit), b0 = slice_of(unit) * slice, b1 = min(shape.B, b0 + slice);
     const auto block_at = [&](int64_t b, int64_t n) {
-      const int64_t pair = max(0, min(2, b1 - b));
-      return Block{b, n, int(pair), int(pair ? pair * min(kRows / pair, n1 - n) : 0)};
+      if (b + 1 < b1) return Block{b, n, 2, int(min(kRows, 2 * (n1 - n)))};
+      return Block{b, n, 1, b < b1 ? int(min(kRows, n1 - n)) : 0};
     };
     for (Block block = block_at(b0, n0); block.rows;) {
-      const int64_t n = block.n + block.rows / block.pair;
+      const int64_t n = block.n_of(block.rows);
       const Block next = n < n1 ? block_at(block.b, n) : block_at(block.b + block.pair, n0);
       f(block, next);
       block = next;
@@ -84,10 +84,9 @@ void pe_layer_norm_fwd(const Inputs& in, const PELayerNormOutputs& out, Parallel
       stream.get(at, streaming, s, T(in.eps), buffer, h, m);
       at.pointers(out.y, y_rows);
       write(at.rows, y_rows, streaming, h, m, w, addend, D);
-      for (int r = 0; out.stats && r < at.rows; ++r) {
-        const int64_t i = at.b_of(r) * N + at.n_of(r);
-        m1[i] = m[r].m1, rstd[i] = m[r].rstd;
-      }
+      int64_t index[kRows];
+      at.offsets(N, 1, index);
+      for (int r = 0; out.stats && r < at.rows; ++r) m1[index[r]] = m[r].m1, rstd[index[r]] = m[r].rstd;
     });
     end_stream();
   });
@@ -138,9 +137,10 @@ void pe_layer_norm_bwd(const Saved& in, View dy_BND, View dh_BND, View dpos_out,
         T s[kRows], one[kRows];
         at.pointers(dy_BND, dy_rows), at.pointers(in.h, h_rows), at.pointers(dh_BND, dh_rows);
         at.pointers(grad.x, dx_rows), at.pointers(grad.branch, df_rows);
+        int64_t index[kRows];
+        at.offsets(N, 1, index);
         for (int r = 0; r < at.rows; ++r) {
-          const int64_t i = at.b_of(r) * N + at.n_of(r);
-          m[r] = {m1[i], T(0), rstd[i]};
+          m[r] = {m1[index[r]], T(0), rstd[index[r]]};
           dy[r] = dy_in_place ? static_cast<const T*>(dy_rows[r]) : dy_buffer + r * Dp;
           h[r] = h_in_place ? static_cast<const T*>(h_rows[r]) : h_buffer + r * Dp;
           s[r] = scale_of<T>(in.scale, at.b_of(r)), one[r] = T(1);

@@ -224,10 +224,16 @@ struct Block {
   int pair, rows;
   MPVG_INLINE int64_t b_of(int r) const { return b + (r & (pair - 1)); }
   MPVG_INLINE int64_t n_of(int r) const { return n + (r >> (pair - 1)); }
+  // at[r]: what step_b a sample and step_n a token add up to at row r. For all kRows, so that it takes no loop.
+  MPVG_INLINE void offsets(int64_t step_b, int64_t step_n, int64_t* at) const {
+    const int64_t first = b * step_b + n * step_n, one = pair == 2 ? step_b : step_n, two = pair == 2 ? step_n : 2 * step_n;
+    at[0] = first, at[1] = first + one, at[2] = first + two, at[3] = first + one + two;
+  }
   MPVG_INLINE void pointers(const View& v, void** p) const {
-    char* const first = v ? static_cast<char*>(v.at(b, n)) : nullptr;
-    const int64_t size = v ? bytes(v.dtype) : 0, step_b = v.stride_b * size, step_n = v.stride_n * size;
-    for (int r = 0; r < rows; ++r) p[r] = first + (b_of(r) - b) * step_b + (n_of(r) - n) * step_n;
+    static_assert(kRows == 4, "offsets() spells four rows out");
+    int64_t at[kRows];
+    offsets(v.stride_b * bytes(v.dtype), v.stride_n * bytes(v.dtype), at);
+    for (int r = 0; r < kRows; ++r) p[r] = v ? reinterpret_cast<void*>(reinterpret_cast<uintptr_t>(v.data) + at[r]) : nullptr;
   }
   // Asks for the rows of v ahead of their use. Longer rows than these the hardware fetches better by itself.
   MPVG_INLINE void prefetch(const View& v, int64_t D) const {

@@ -2,8 +2,8 @@
 //
 // Built on the vector extension that GCC and Clang share, so that one source serves every instruction set; MPVG_VECTOR_BYTES is the
 // register's width. A Vec is two registers because the 32 elements of two AVX-512 registers fill one in bf16, and because that halves
-// the loops' overhead. Intrinsics are used where the extension has no word for a thing: fused
-// multiply-add, sums across a register, fp16 conversion (F16C), rounding to bf16 (AVX512-BF16).
+// the loops' overhead. Intrinsics are used where the extension has no word for a thing (fused multiply-add, fp16 conversion, AVX512-BF16,
+// streaming stores) or GCC a bad translation (sums across a register, widening).
 //
 // Compile with -ffp-contract=off: products are fused where fma() says so and nowhere else. Otherwise g = dy * w could be rounded in one
 // loop and not in the next, and g - mean(g) of a constant row be a rounding error times rstd instead of 0.
@@ -90,8 +90,16 @@ MPVG_INLINE void store_half(double* p, reg<double> v) { store_reg<double, MPVG_V
 // A register's elements in a 16-bit format.
 using bits16 = reg<uint16_t, kHalf>;
 
+#if MPVG_VECTOR_BYTES == 64
+MPVG_INLINE reg<uint32_t> widen_bits(bits16 v) { return (reg<uint32_t>)_mm512_cvtepu16_epi32((__m256i)v); }
+#elif MPVG_VECTOR_BYTES == 32
+MPVG_INLINE reg<uint32_t> widen_bits(bits16 v) { return (reg<uint32_t>)_mm256_cvtepu16_epi32((__m128i)v); }
+#else
+MPVG_INLINE reg<uint32_t> widen_bits(bits16 v) { return __builtin_convertvector(v, reg<uint32_t>); }
+#endif
+
 // bf16 is the upper half of an fp32.
-MPVG_INLINE reg<float> widen(bits16 v, bf16) { return (reg<float>)(__builtin_convertvector(v, reg<uint32_t>) << 16); }
+MPVG_INLINE reg<float> widen(bits16 v, bf16) { return (reg<float>)(widen_bits(v) << 16); }
 
 MPVG_INLINE bits16 narrow(reg<float> v, bf16) {
 #ifdef MPVG_AVX512_BF16
@@ -112,7 +120,7 @@ MPVG_INLINE bits16 narrow(reg<float> v, f16) { return (bits16)_mm256_cvtps_ph((_
 #else
 // Exponent and mantissa moved into place are the value times 2^-112, subnormals included; exponent 31 is inf or NaN.
 MPVG_INLINE reg<float> widen(bits16 v, f16) {
-  const reg<uint32_t> u = __builtin_convertvector(v, reg<uint32_t>);
+  const reg<uint32_t> u = widen_bits(v);
   const reg<uint32_t> magnitude = (u & 0x7fff) << 13, special = (reg<uint32_t>)(magnitude >= 0x0f800000u);
   const reg<uint32_t> scaled = (reg<uint32_t>)((reg<float>)magnitude * 0x1p112f);
   return (reg<float>)(((u & 0x8000) << 16) | scaled | (special & 0x7f800000));
