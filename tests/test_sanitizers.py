@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 KERNELS = ROOT / "csrc/cpu"
-SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-O1", "-g1"]
+SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-O0", "-g1"]
 FLAGS = ["-std=c++17", "-fno-math-errno", "-ffp-contract=off"]
 
 
