@@ -33,6 +33,7 @@ CXX_FLAGS = [
     "-std=c++17",
     "-fno-math-errno",
     "-ffp-contract=off",
+    "-fno-tree-slp-vectorize",
     "-fvisibility=hidden",
     "-DTORCH_TARGET_VERSION=0x020b000000000000",
 ]

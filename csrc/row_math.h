@@ -4,8 +4,9 @@
 // Why m1 and m2: m1 is rounded, so at a large common offset the residue m2 is not small against the row's own deviation. Taking it
 // off again (and mean(c)^2 off mean(c^2)) costs one addition a term and holds where plain two-pass statistics do not.
 //
-// V is a scalar or a SIMD type with an fma(x, y, z) = x * y + z; T is its element. The includer sets MPVG_ISA, the namespace: code compiled
-// for different instruction sets must not share a symbol, or the linker would be free to keep the one that the machine cannot run.
+// V is a scalar or a SIMD type with an fma(x, y, z) = x * y + z; T is its element. P is T, or a vector with an element for each of several
+// rows, whose root() the includer brings. The includer sets MPVG_ISA, the namespace: code compiled for different instruction sets must not share a symbol, or the linker
+// would be free to keep the one that the machine cannot run.
 #pragma once
 
 #ifndef MPVG_HD
@@ -14,18 +15,28 @@
 
 namespace mpvg::MPVG_ISA {
 
-// What normalises a row: m1 and rstd are saved for the backward, m2 it finds again.
-template <class T>
+// What normalises a row: the mean and rstd are saved for the backward, the split of the mean into m1 and m2 it finds again.
+template <class P>
 struct Moments {
-  T m1, m2, rstd;
+  P m1, m2, rstd;
 };
 
-// From m1, sum(c) and sum(c^2), with inv_D = 1 / D. A NaN must pass the clamp, hence "var < 0" and not max().
+// Whether m1 = 0 will do: a row whose mean is at most its deviation loses nothing by sums over v itself, so that one pass finds its moments
+// (m2 is then the mean). False for NaN, where v^2 has overflowed, and for rows of one element, whose vhat is exactly 0 only as v - m1.
 template <class T>
-MPVG_HD inline Moments<T> moments(T m1, T sum_c, T sum_cc, T inv_D, T eps) {
-  const T m2 = sum_c * inv_D;
-  const T var = sum_cc * inv_D - m2 * m2;
-  return {m1, m2, T(1) / T(__builtin_sqrt((var < T(0) ? T(0) : var) + eps))};
+MPVG_HD inline bool centred(T mean, T rstd, int64_t D) {
+  return D > 1 && rstd > T(0) && (mean < T(0) ? -mean : mean) * rstd <= T(1);
+}
+
+MPVG_HD inline float root(float x) { return __builtin_sqrtf(x); }
+MPVG_HD inline double root(double x) { return __builtin_sqrt(x); }
+
+// From m1, sum(c) and sum(c^2), with inv_D = 1 / D. A NaN must pass the clamp, hence "var < 0" and not max().
+template <class P, class T>
+MPVG_HD inline Moments<P> moments(P m1, P sum_c, P sum_cc, T inv_D, T eps) {
+  const P m2 = sum_c * inv_D;
+  const P var = sum_cc * inv_D - m2 * m2;
+  return {m1, m2, T(1) / root((var < T(0) ? P{} : var) + eps)};
 }
 
 // vhat = (v - m1) * rstd - m2 * rstd
@@ -35,14 +46,14 @@ MPVG_HD inline V normalised(V v, Moments<T> m) {
 }
 
 // What the gradient of a row needs beside its moments: mean(g) and mean(g * vhat), g = dy * w.
-template <class T>
+template <class P>
 struct GradMeans {
-  T g, g_vhat;
+  P g, g_vhat;
 };
 
 // From sum(g) and sum(g * c):  mean(g * vhat) = rstd * (sum(g * c) - m2 * sum(g)) / D
-template <class T>
-MPVG_HD inline GradMeans<T> grad_means(Moments<T> m, T sum_g, T sum_gc, T inv_D) {
+template <class P, class T>
+MPVG_HD inline GradMeans<P> grad_means(Moments<P> m, P sum_g, P sum_gc, T inv_D) {
   return {sum_g * inv_D, m.rstd * (sum_gc - m.m2 * sum_g) * inv_D};
 }
 
@@ -50,6 +61,16 @@ MPVG_HD inline GradMeans<T> grad_means(Moments<T> m, T sum_g, T sum_gc, T inv_D)
 template <class V, class T>
 MPVG_HD inline V input_gradient(V g, V vhat, Moments<T> m, GradMeans<T> k) {
   return V(m.rstd) * fma(vhat, V(-k.g_vhat), g - V(k.g));
+}
+
+// The same from c, with the means worked in:  dv = rstd * (g - q + k * c)
+template <class P>
+struct GradRow {
+  P q, k;
+};
+template <class P>
+MPVG_HD inline GradRow<P> grad_row(Moments<P> m, GradMeans<P> means) {
+  return {means.g - m.m2 * m.rstd * means.g_vhat, -m.rstd * means.g_vhat};
 }
 
 }  // namespace mpvg::MPVG_ISA

@@ -2,8 +2,8 @@
 // MPVG_VECTOR_BYTES, and has switched the target on after its own includes: what follows may include no other header.
 #pragma once
 
-#include "../row_math.h"
 #include "vec.h"
+#include "../row_math.h"
 #include "rows.h"
 #include "pos_rows.h"
 #include "pe_layer_norm.h"

@@ -26,35 +26,23 @@ struct Tiling {
   }
   int64_t units() const { return tiles * slices; }
   int64_t elements_each(int64_t Dp) const { return tile * min(slice, shape.B) * Dp; }
-  int64_t slice_of(int64_t unit) const { return unit % slices; }
-  int64_t first_row(int64_t unit) const { return unit / slices * tile; }
-  int64_t rows(int64_t unit) const { return min(shape.N, first_row(unit) + tile) - first_row(unit); }
+};
 
-  // f(block, next) for the blocks of a unit, two samples at a time. `next` is there to be prefetched (it has no rows after the last one);
-  // next.b != block.b says that these samples are done.
-  template <class F>
-  MPVG_INLINE void visit(int64_t unit, F f) const {
-    const int64_t n0 = first_row(unit), n1 = n0 + rows(unit), b0 = slice_of(unit) * slice, b1 = min(shape.B, b0 + slice);
-    const auto block_at = [&](int64_t b, int64_t n) {
-      if (b + 1 < b1) return Block{b, n, 2, int(min(kRows, 2 * (n1 - n)))};
-      return Block{b, n, 1, b < b1 ? int(min(kRows, n1 - n)) : 0};
-    };
-    for (Block block = block_at(b0, n0); block.rows;) {
-      const int64_t n = block.n_of(block.rows);
-      const Block next = n < n1 ? block_at(block.b, n) : block_at(block.b + block.pair, n0);
-      f(block, next);
-      block = next;
-    }
-  }
+// A unit's tokens [n0, n1) and samples [b0, b1).
+struct Unit {
+  int64_t slice, n0, n1, b0, b1;
+  Unit(const Tiling& t, int64_t unit)
+      : slice(unit % t.slices), n0(unit / t.slices * t.tile), n1(min(t.shape.N, n0 + t.tile)), b0(slice * t.slice),
+        b1(min(t.shape.B, b0 + t.slice)) {}
 };
 
 template <class T>
 void pe_layer_norm_fwd(const Inputs& in, const PELayerNormOutputs& out, ParallelFor parallel_for) {
   const auto [B, N, D, k] = in.shape;
   const int64_t Dp = padded<T>(D);
-  Scratch<T> scratch(4 + (in.pos ? N - k : 0), Dp);
+  Scratch<T> scratch(5 + (in.pos ? N - k : 0), Dp);
   const T* w = parameter(scratch, in.weight, D);
-  const T* bias = parameter(scratch, in.bias, D);
+  T* bias = parameter(scratch, in.bias, D);
   T* table = nullptr;
   if (in.pos) {
     table = scratch.take(N - k);
@@ -62,32 +50,37 @@ void pe_layer_norm_fwd(const Inputs& in, const PELayerNormOutputs& out, Parallel
   }
 
   const Stream<T> stream(in, out.h);
-  T* const m1 = static_cast<T*>(out.stats.data);
-  T* const rstd = m1 ? m1 + B * N : nullptr;
-  const auto write = with_dtype<T>(out.y.dtype, [](auto y) { return &affine_rows<T, typename decltype(y)::type>; });
+  T* const mean = static_cast<T*>(out.stats.data);
+  T* const rstd = mean ? mean + B * N : nullptr;
+  decltype(&affine_rows<T, T, 1>) write_one;
+  decltype(&affine_rows<T, T, kTogether>) write_samples;
+  with_dtype<T>(out.y.dtype, [&](auto y) {
+    using Y = typename decltype(y)::type;
+    write_one = affine_rows<T, Y, 1>, write_samples = affine_rows<T, Y, kTogether>;
+  });
   const bool streaming = Streaming(in.shape).reads(in.x).reads(in.branch).writes(out.h).writes(out.y).pays();
   const Tiling tiling(in.shape, Dp * sizeof(T), kForwardSlice);
   run_parallel(parallel_for, tiling.units(), tiling.elements_each(Dp), [&](int64_t begin, int64_t end) {
-    Scratch<T> local(kRows, Dp);
-    T* buffer = local.take(kRows);
-    for (int64_t unit = begin; unit < end; ++unit) tiling.visit(unit, [&](Block at, Block next) {
-      if (streaming) next.prefetch(in.x, D), next.prefetch(in.branch, D);
-      const T *h[kRows], *addend[kRows];
-      void* y_rows[kRows];
-      Moments<T> m[kRows];
-      T s[kRows];
-      for (int r = 0; r < at.rows; ++r) {
-        const int64_t n = at.n_of(r);
-        s[r] = scale_of<T>(in.scale, at.b_of(r));
-        addend[r] = table && n >= k ? table + (n - k) * Dp : bias;
+    Scratch<T> local(kTogether, Dp);
+    T* buffer = local.take(kTogether);
+    const auto step = [&](Group at, auto together) MPVG_LAMBDA {
+      constexpr int R = together.rows;
+      T s[R];
+      for (int r = 0; r < R; ++r) s[r] = scale_of<T>(in.scale, at.sample(r));
+      RowMoments<T, R> m;
+      const Rows h = stream.get(at, together, streaming, s, T(in.eps), buffer, m), y = at.of(out.y);
+      const Rows addend = table && at.n >= k ? at.of(table, k, Dp) : Rows{bias};
+      if constexpr (together.samples) {
+        write_samples(y, streaming, h, m, w, static_cast<const T*>(addend.first), D);
+      } else {
+        for (int r = 0; r < R; ++r) write_one(y.from(r), streaming, h.from(r), m.one(r), w, static_cast<const T*>(addend[r]), D);
       }
-      stream.get(at, streaming, s, T(in.eps), buffer, h, m);
-      at.pointers(out.y, y_rows);
-      write(at.rows, y_rows, streaming, h, m, w, addend, D);
-      int64_t index[kRows];
-      at.offsets(N, 1, index);
-      for (int r = 0; out.stats && r < at.rows; ++r) m1[index[r]] = m[r].m1, rstd[index[r]] = m[r].rstd;
-    });
+      if (mean) save_moments(m, at, N, mean, rstd);
+    };
+    for (int64_t i = begin; i < end; ++i) {
+      const Unit u(tiling, i);
+      visit<T>(u.b0, u.b1, u.n0, u.n1, k, D, step, [] {});
+    }
     end_stream();
   });
 }
@@ -107,61 +100,55 @@ void pe_layer_norm_bwd(const Saved& in, View dy_BND, View dh_BND, View dpos_out,
   T* dw_units = grad.weight ? scratch.take(units) : nullptr;
   T* dy_sums = sums ? scratch.take(by_token ? tiling.slices * N : units) : nullptr;
 
-  const T* m1 = static_cast<const T*>(in.stats.data);
-  const T* rstd = m1 + B * N;
-  const auto first_pass = choose_grad_means<T>(dy_BND.dtype, in.h.dtype);
-  const auto write_dx = choose_input_gradients<T>(grad.x.dtype, dh_BND.dtype);
-  const auto write_dx_and_sums = choose_input_gradients<T, true>(grad.x.dtype, dh_BND.dtype);
-  const auto write_df = choose_input_gradients<T>(grad.branch.dtype, dh_BND.dtype);
+  const T* const mean = static_cast<const T*>(in.stats.data);
+  const T* const rstd = mean + B * N;
+  const auto find = choose_grad_means<T>(dy_BND.dtype, in.h.dtype);
+  const InputGradients<T, Also::nothing> dx(grad.x.dtype, dh_BND.dtype);
+  const InputGradients<T, Also::sums> dx_and_sums(grad.x.dtype, dh_BND.dtype);
+  const InputGradients<T, Also::scale> df(grad.branch.dtype, dh_BND.dtype);
   const bool streaming = Streaming(in.shape).reads(dy_BND).reads(dh_BND).reads(in.h).writes(grad.x).writes(grad.branch).pays();
   const bool dy_in_place = in_place<T>(dy_BND, D), h_in_place = in_place<T>(in.h, D);
+  const bool fused_sums = grad.x && grad.weight && sums;
+  const int64_t row_bytes = Dp * sizeof(T);
+  const T inv_D = T(1) / T(D);
 
   run_parallel(parallel_for, units, tiling.elements_each(Dp), [&](int64_t begin, int64_t end) {
-    Scratch<T> local(2 * kRows + 2, Dp);
-    T *dy_buffer = local.take(kRows), *h_buffer = local.take(kRows);
-    T *dw_samples = local.take(), *sum_samples = local.take();  // of two samples' rows: sums in two levels are the more accurate ones
+    Scratch<T> local(2 * kTogether + 2, Dp);
+    T *dy_buffer = local.take(kTogether), *h_buffer = local.take(kTogether);
+    T *dw_samples = local.take(), *sum_samples = local.take();  // of a group's samples: sums in two levels are the more accurate ones
     for (int64_t unit = begin; unit < end; ++unit) {
-      const int64_t n0 = tiling.first_row(unit), rows = tiling.rows(unit);
+      const Unit u(tiling, unit);
       T* dw = dw_units ? dw_units + unit * Dp : nullptr;
-      T* sum = !sums ? nullptr : dy_sums + (by_token ? tiling.slice_of(unit) * N + n0 : unit) * Dp;
+      T* sum = !sums ? nullptr : dy_sums + (by_token ? u.slice * N + u.n0 : unit) * Dp;
       if (dw) zero_rows(dw, 1, Dp);
-      if (sum) zero_rows(sum, by_token ? rows : 1, Dp);
-      if (dw) zero_rows(dw_samples, 1, Dp);
-      if (sum) zero_rows(sum_samples, 1, Dp);
-      tiling.visit(unit, [&](Block at, Block next) {
-        if (streaming) next.prefetch(dy_BND, D), next.prefetch(in.h, D), next.prefetch(dh_BND, D);
-        void *dy_rows[kRows], *h_rows[kRows], *dh_rows[kRows], *dx_rows[kRows], *df_rows[kRows];
-        const T *dy[kRows], *h[kRows];
-        Moments<T> m[kRows];
-        GradMeans<T> means[kRows];
-        T s[kRows], one[kRows];
-        at.pointers(dy_BND, dy_rows), at.pointers(in.h, h_rows), at.pointers(dh_BND, dh_rows);
-        at.pointers(grad.x, dx_rows), at.pointers(grad.branch, df_rows);
-        int64_t index[kRows];
-        at.offsets(N, 1, index);
-        for (int r = 0; r < at.rows; ++r) {
-          m[r] = {m1[index[r]], T(0), rstd[index[r]]};
-          dy[r] = dy_in_place ? static_cast<const T*>(dy_rows[r]) : dy_buffer + r * Dp;
-          h[r] = h_in_place ? static_cast<const T*>(h_rows[r]) : h_buffer + r * Dp;
-          s[r] = scale_of<T>(in.scale, at.b_of(r)), one[r] = T(1);
+      if (sum) zero_rows(sum, by_token ? u.n1 - u.n0 : 1, Dp);
+      zero_rows(dw_samples, 1, Dp);
+      zero_rows(sum_samples, 1, Dp);
+      const auto step = [&](Group at, auto together) MPVG_LAMBDA {
+        constexpr int R = together.rows;
+        const Rows dy_rows = at.of(dy_BND), h_rows = at.of(in.h), dh_rows = at.of(dh_BND);
+        RowMoments<T, R> m = saved_moments<T, R>(at, N, D, mean, rstd);
+        GradRow<pack<T, R>> k;
+        find.with(together)(dy_rows, dy_in_place ? nullptr : dy_buffer, h_rows, h_in_place ? nullptr : h_buffer, w, m, k, D, inv_D);
+        const Rows dy = dy_in_place ? dy_rows : Rows{dy_buffer, row_bytes}, h = h_in_place ? h_rows : Rows{h_buffer, row_bytes};
+        const Rows sum_rows = by_token ? at.of(sum, u.n0, Dp) : sum ? Rows{sum_samples} : Rows{};
+        const Rows dx_rows = at.of(grad.x);
+        if (fused_sums) {
+          dx_and_sums(together, dx_rows, streaming, dh_rows, dy, w, h, m, k, nullptr, dw_samples, sum_rows, D);
+        } else {
+          accumulate<T, R>(dy, h, m, dw ? dw_samples : nullptr, sum_rows, Dp);
+          if (grad.x) dx(together, dx_rows, streaming, dh_rows, dy, w, h, m, k, nullptr, nullptr, {}, D);
         }
-        first_pass(at.rows, dy_in_place ? nullptr : dy_buffer, dy_rows, h_in_place ? nullptr : h_buffer, h_rows, w, m, means, D);
-        for (int r = 0; r < at.rows; r += at.pair) {  // a token at a time: its samples share a sum
-          T* const dw_token = dw ? dw_samples : nullptr;
-          T* const sum_token = by_token ? sum + (at.n_of(r) - n0) * Dp : sum ? sum_samples : nullptr;
-          if (grad.x && dw && sum) {
-            write_dx_and_sums(at.pair, dx_rows + r, streaming, dh_rows + r, dy + r, w, h + r, m + r, means + r, one, dw_token, sum_token,
-                              D);
-            continue;
-          }
-          accumulate(at.pair, dy + r, h + r, m + r, dw_token, sum_token, Dp);
-          if (grad.x) write_dx(at.pair, dx_rows + r, streaming, dh_rows + r, dy + r, w, h + r, m + r, means + r, one, nullptr, nullptr, D);
-        }
-        if (grad.branch) write_df(at.rows, df_rows, streaming, dh_rows, dy, w, h, m, means, s, nullptr, nullptr, D);
-        if (next.b == at.b) return;
+        if (!grad.branch) return;
+        T s[R];
+        for (int r = 0; r < R; ++r) s[r] = scale_of<T>(in.scale, at.sample(r));
+        df(together, at.of(grad.branch), streaming, dh_rows, dy, w, h, m, k, s, nullptr, {}, D);
+      };
+      const auto done = [&] {
         if (dw) add_row(dw, dw_samples, Dp), zero_rows(dw_samples, 1, Dp);
         if (sum && !by_token) add_row(sum, sum_samples, Dp), zero_rows(sum_samples, 1, Dp);
-      });
+      };
+      visit<T>(u.b0, u.b1, u.n0, u.n1, 0, D, step, done);
     }
     end_stream();
   });
@@ -172,23 +159,25 @@ void pe_layer_norm_bwd(const Saved& in, View dy_BND, View dh_BND, View dpos_out,
   const T* wp = parameter(scratch, in.pos_weight, D);
   T* block_sums = scratch.take(3 * blocks);
   run_parallel(parallel_for, blocks, kPosRows * Dp, [&](int64_t begin, int64_t end) {
-    Scratch<T> local(3, Dp);
-    T *dp = local.take(), *row = local.take(), *pos_buffer = local.take();
+    Scratch<T> local(kPosRows + kTogether, Dp);
+    T *dp = local.take(kPosRows), *pos_buffer = local.take(kTogether);
     for (int64_t block = begin; block < end; ++block) {
       T *db = block_sums + 3 * block * Dp, *dwp = db + Dp, *dbp = dwp + Dp;
       zero_rows(db, 3, Dp);
-      for (int64_t n = block * kPosRows; n < min(N, (block + 1) * kPosRows); ++n) {
-        zero_rows(dp, 1, Dp);
-        for (int64_t slice = 0; slice < tiling.slices; ++slice) add_row(dp, dy_sums + (slice * N + n) * Dp, Dp);
-        add_row(db, dp, Dp);
-        if (n < k) continue;
-        if (dpos_out) {
-          zero_rows(row, 1, Dp);
-          read_row(row, dpos_out, n - k, D);
-          add_row(dp, row, Dp);
-        }
-        pos_backward(in, grad.pos, wp, n - k, dp, pos_buffer, dwp, dbp);
+      const int64_t n0 = block * kPosRows, n1 = min(N, n0 + kPosRows), first = max(n0, k);
+      for (int64_t n = n0; n < n1; ++n) {
+        T* const row = dp + (n - n0) * Dp;
+        const T* const parts = dy_sums + n * Dp;
+        zero_rows(row, 1, Dp);
+        if (dpos_out && n >= k) read_row(row, dpos_out, n - k, D);
+        over_padded<T>(Dp, [&](int64_t i) MPVG_LAMBDA {
+          Vec<T> sum(T(0));
+          for (int64_t slice = 0; slice < tiling.slices; ++slice) sum = sum + load<T>(parts + slice * N * Dp + i);
+          store(db + i, load<T>(db + i) + sum);
+          store(row + i, load<T>(row + i) + sum);
+        });
       }
+      if (first < n1) pos_backward(in, grad.pos, wp, first - k, n1 - k, dp + (first - n0) * Dp, row_bytes, pos_buffer, dwp, dbp);
     }
   });
   column_sums(grad.bias, block_sums, blocks, 3 * Dp, D);

@@ -21,17 +21,20 @@ const T* pool_addend(const Inputs& in, Scratch<T>& scratch, ParallelFor parallel
   const T* bp = parameter(scratch, in.pos_bias, D);
   T* mean = scratch.take();
   T* phat_sums = scratch.take(blocks);
+  const Stream<T> stream = pos_stream<T>(in.pos, D);
   run_parallel(parallel_for, blocks, kPosRows * Dp, [&](int64_t begin, int64_t end) {
-    Scratch<T> local(1, Dp);
-    T* buffer = local.take();
+    Scratch<T> local(kTogether, Dp);
+    T* buffer = local.take(kTogether);
     for (int64_t block = begin; block < end; ++block) {
       T* sum = phat_sums + block * Dp;
       zero_rows(sum, 1, Dp);
-      for (int64_t n = block * kPosRows; n < min(P, (block + 1) * kPosRows); ++n) {
-        Moments<T> m;
-        const T* p = pos_row(in.pos, n, D, T(in.pos_eps), buffer, &m);
-        add_normalised(1, sum, &p, &m, Dp);
-      }
+      visit_tokens<T>(block * kPosRows, min(P, (block + 1) * kPosRows), D, [&](Group at, auto together) {
+        constexpr int R = together.rows;
+        RowMoments<T, R> m;
+        const T one[R] = {};
+        const Rows p = stream.get(at, together, false, one, T(in.pos_eps), buffer, m);
+        add_normalised<T, R>(sum, p, m, Dp);
+      });
     }
   });
   column_sums({mean, arithmetic_dtype<T>}, phat_sums, blocks, Dp, Dp);
@@ -62,33 +65,33 @@ void pe_norm_pool_fwd(const Inputs& in, const PENormPoolOutputs& out, ParallelFo
   };
 
   const Stream<T> stream(in, out.h);
-  T* const m1 = static_cast<T*>(out.stats.data);
-  T* const rstd = m1 ? m1 + B * N : nullptr;
+  T* const mean = static_cast<T*>(out.stats.data);
+  T* const rstd = mean ? mean + B * N : nullptr;
+  const bool streaming = Streaming(in.shape).reads(in.x).reads(in.branch).writes(out.h).pays();
   run_parallel(parallel_for, B * pieces, piece * Dp, [&](int64_t begin, int64_t end) {
-    Scratch<T> local(kRows + 2, Dp);
-    T *buffer = local.take(kRows), *block_sum = local.take(), *sample_sum = local.take();
+    Scratch<T> local(kTogether + 2, Dp);
+    T *buffer = local.take(kTogether), *block_sum = local.take(), *sample_sum = local.take();
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t b = unit / pieces, n0 = unit % pieces * piece, n1 = min(N, n0 + piece);
-      T s[kRows];
+      T s[kTogether];
       for (T& s_r : s) s_r = scale_of<T>(in.scale, b);
       T* sum = partials ? partials + unit * Dp : sample_sum;
       zero_rows(sum, 1, Dp);
-      zero_rows(block_sum, 1, Dp);
-      for (int64_t n = n0; n < n1; n += kRows) {
-        const int rows = int(min(kRows, n1 - n));
-        const T* h[kRows];
-        Moments<T> m[kRows];
-        stream.get({b, n, 1, rows}, false, s, T(in.eps), buffer, h, m);
-        const int skip = int(min(rows, max(0, k - n)));
-        add_normalised(rows - skip, block_sum, h + skip, m + skip, Dp);
-        for (int r = 0; out.stats && r < rows; ++r) m1[b * N + n + r] = m[r].m1, rstd[b * N + n + r] = m[r].rstd;
-        if ((n + rows) % kPoolRows == 0 || n + rows == n1) {
-          add_row(sum, block_sum, Dp);
-          zero_rows(block_sum, 1, Dp);
-        }
+      for (int64_t n = n0; n < n1; n += kPoolRows) {
+        zero_rows(block_sum, 1, Dp);
+        const auto step = [&](Group at, auto together) MPVG_LAMBDA {
+          constexpr int R = together.rows;
+          RowMoments<T, R> m;
+          const Rows h = stream.get(at, together, streaming, s, T(in.eps), buffer, m);
+          if (at.n >= k) add_normalised<T, R>(block_sum, h, m, Dp);
+          if (mean) save_moments(m, at, N, mean, rstd);
+        };
+        visit<T>(b, b + 1, n, min(n1, n + kPoolRows), k, D, step, [] {});
+        add_row(sum, block_sum, Dp);
       }
       if (!partials) finish(b, sum);
     }
+    end_stream();
   });
   for (int64_t b = 0; partials && b < B; ++b) {
     T* sum = partials + b * pieces * Dp;
@@ -102,19 +105,20 @@ template <class T>
 void pool_input_gradients(const Saved& in, View dout_BD, const T* w, const Gradients& grad, ParallelFor parallel_for) {
   const auto [B, N, D, k] = in.shape;
   const int64_t Dp = padded<T>(D), pieces = ceil_div(N, kPoolRows);
-  const T* m1 = static_cast<const T*>(in.stats.data);
-  const T* rstd = m1 + B * N;
-  const auto first_pass = choose_grad_means<T>(arithmetic_dtype<T>, in.h.dtype);
-  const auto write_dx = choose_input_gradients<T>(grad.x.dtype, Dtype::absent);
-  const auto write_df = choose_input_gradients<T>(grad.branch.dtype, Dtype::absent);
+  const T* const mean = static_cast<const T*>(in.stats.data);
+  const T* const rstd = mean + B * N;
+  const auto find = choose_grad_means<T>(arithmetic_dtype<T>, in.h.dtype);
+  const InputGradients<T, Also::nothing> dx(grad.x.dtype, Dtype::absent);
+  const InputGradients<T, Also::scale> df(grad.branch.dtype, Dtype::absent);
   const bool h_in_place = in_place<T>(in.h, D);
   const bool streaming = Streaming(in.shape).reads(in.h).writes(grad.x).writes(grad.branch).pays();
   run_parallel(parallel_for, B * pieces, kPoolRows * Dp, [&](int64_t begin, int64_t end) {
-    Scratch<T> local(kRows + 1, Dp);
-    T *buffer = local.take(kRows), *dout = local.take();
+    Scratch<T> local(kTogether + 1, Dp);
+    T *buffer = local.take(kTogether), *dout = local.take();
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t b = unit / pieces, n0 = unit % pieces * kPoolRows, n1 = min(N, n0 + kPoolRows);
-      const T s = scale_of<T>(in.scale, b), one(1);
+      T s[kTogether];
+      for (T& s_r : s) s_r = scale_of<T>(in.scale, b);
       zero_rows(dout, 1, Dp);
       read_row(dout, dout_BD, b, D);
       over_padded<T>(Dp, [&](int64_t i) { store(dout + i, load<T>(dout + i) * Vec<T>(T(1) / T(N - k))); });
@@ -122,25 +126,17 @@ void pool_input_gradients(const Saved& in, View dout_BD, const T* w, const Gradi
         if (grad.x) __builtin_memset(grad.x.at(b, n), 0, D * bytes(grad.x.dtype));
         if (grad.branch) __builtin_memset(grad.branch.at(b, n), 0, D * bytes(grad.branch.dtype));
       }
-      for (int64_t n = max(n0, k); n < n1; n += kRows) {
-        const int rows = int(min(kRows, n1 - n));
-        const Block at{b, n, 1, rows};
-        void *dy_rows[kRows], *h_rows[kRows], *dh_rows[kRows], *dx_rows[kRows], *df_rows[kRows];
-        const T *dy[kRows], *h[kRows];
-        Moments<T> m[kRows];
-        GradMeans<T> means[kRows];
-        at.pointers(in.h, h_rows), at.pointers({}, dh_rows), at.pointers(grad.x, dx_rows), at.pointers(grad.branch, df_rows);
-        for (int r = 0; r < rows; ++r) {
-          dy_rows[r] = dout, dy[r] = dout;
-          h[r] = h_in_place ? static_cast<const T*>(h_rows[r]) : buffer + r * Dp;
-          m[r] = {m1[b * N + n + r], T(0), rstd[b * N + n + r]};
-        }
-        first_pass(rows, nullptr, dy_rows, h_in_place ? nullptr : buffer, h_rows, w, m, means, D);
-        for (int r = 0; r < rows; ++r) {  // one by one: pairs of adjacent rows write 1.3x slower than rows in order
-          if (grad.x) write_dx(1, dx_rows + r, streaming, dh_rows + r, dy + r, w, h + r, m + r, means + r, &one, nullptr, nullptr, D);
-          if (grad.branch) write_df(1, df_rows + r, streaming, dh_rows + r, dy + r, w, h + r, m + r, means + r, &s, nullptr, nullptr, D);
-        }
-      }
+      const Rows dy{dout};
+      const auto step = [&](Group at, auto together) MPVG_LAMBDA {
+        constexpr int R = together.rows;
+        const Rows h_rows = at.of(in.h), h = h_in_place ? h_rows : Rows{buffer, Dp * int64_t(sizeof(T))};
+        RowMoments<T, R> m = saved_moments<T, R>(at, N, D, mean, rstd);
+        GradRow<pack<T, R>> g;
+        find.with(together)(dy, nullptr, h_rows, h_in_place ? nullptr : buffer, w, m, g, D, T(1) / T(D));
+        if (grad.x) dx(together, at.of(grad.x), streaming, {}, dy, w, h, m, g, nullptr, nullptr, {}, D);
+        if (grad.branch) df(together, at.of(grad.branch), streaming, {}, dy, w, h, m, g, s, nullptr, {}, D);
+      };
+      visit<T>(b, b + 1, max(n0, k), n1, 0, D, step, [] {});
     }
     end_stream();
   });
@@ -179,13 +175,13 @@ void pe_norm_pool_bwd(const Saved& in, View dout_BD, View s_BD, const Gradients&
   const T* wp = parameter(scratch, in.pos_weight, D);
   T* dwp_blocks = scratch.take(blocks);
   run_parallel(parallel_for, blocks, kPosRows * Dp, [&](int64_t begin, int64_t end) {
-    Scratch<T> local(1, Dp);
-    T* buffer = local.take();
+    Scratch<T> local(kTogether + 1, Dp);
+    T *buffer = local.take(kTogether), *unused = local.take();
     for (int64_t block = begin; block < end; ++block) {
       T* dwp = dwp_blocks + block * Dp;
       zero_rows(dwp, 1, Dp);
-      for (int64_t n = block * kPosRows; n < min(N - k, (block + 1) * kPosRows); ++n)
-        pos_backward(in, grad.pos, wp, n, dp, buffer, dwp, static_cast<T*>(nullptr));
+      zero_rows(unused, 1, Dp);
+      pos_backward(in, grad.pos, wp, block * kPosRows, min(N - k, (block + 1) * kPosRows), dp, 0, buffer, dwp, unused);
     }
   });
   column_sums(grad.pos_weight, dwp_blocks, blocks, Dp, D);

@@ -7,19 +7,18 @@ namespace mpvg::MPVG_ISA {
 // Rows of p that make one unit of parallel work.
 constexpr int64_t kPosRows = 16;
 
-// Row n of p, in place or in `buffer`, and its moments.
+// p as a stream without a branch: one sample of tokens.
 template <class T>
-MPVG_INLINE const T* pos_row(const View& pos, int64_t n, int64_t D, T eps, T* buffer, Moments<T>* m) {
-  const T* p = static_cast<const T*>(pos.at(0, n));
-  if (!in_place<T>(pos, D)) {
-    read_row(buffer, pos, n, D);
-    p = buffer;
-  }
-  Sum<T> sum;
-  over_padded<T>(padded<T>(D), [&](int64_t i) { sum.add(load<T>(p + i)); });
-  const T total = sum.total();
-  find_moments(1, &p, p == buffer ? buffer : nullptr, &total, D, eps, m);
-  return p;
+Stream<T> pos_stream(const View& pos, int64_t D) {
+  Inputs p{};
+  p.shape.D = D, p.x = pos;
+  return Stream<T>(p, View{});
+}
+
+// step(group, together) over tokens [n0, n1) of p.
+template <class T, class Step>
+MPVG_INLINE void visit_tokens(int64_t n0, int64_t n1, int64_t D, Step step) {
+  visit<T>(0, 1, n0, n1, 0, D, step, [] {});
 }
 
 // table[n] = p'[n] + b, the addend of y;  pos_out[n] = p'[n] rounded
@@ -28,34 +27,44 @@ void pos_forward(const Inputs& in, const View& pos_out, const T* b, T* table, Sc
   const int64_t D = in.shape.D, Dp = padded<T>(D), P = in.shape.N - in.shape.prefix;
   const T* wp = parameter(scratch, in.pos_weight, D);
   const T* bp = parameter(scratch, in.pos_bias, D);
-  run_parallel(parallel_for, P, Dp, [&](int64_t begin, int64_t end) {
-    Scratch<T> local(1, Dp);
-    T* buffer = local.take();
-    for (int64_t n = begin; n < end; ++n) {
-      Moments<T> m;
-      const T* p = pos_row(in.pos, n, D, T(in.pos_eps), buffer, &m);
-      T* t = table + n * Dp;
-      void* t_row = t;
-      affine_rows<T, T>(1, &t_row, false, &p, &m, wp, &bp, Dp);
-      write_row(pos_out, n, t, D);
-      add_row(t, b, Dp);
-    }
+  T* both = scratch.take();
+  over_padded<T>(Dp, [&](int64_t i) { store(both + i, load<T>(b + i) + load<T>(bp + i)); });
+  const Stream<T> stream = pos_stream<T>(in.pos, D);
+  run_parallel(parallel_for, ceil_div(P, kPosRows), kPosRows * Dp, [&](int64_t begin, int64_t end) {
+    Scratch<T> local(kTogether, Dp);
+    T* buffer = local.take(kTogether);
+    visit_tokens<T>(begin * kPosRows, min(P, end * kPosRows), D, [&](Group at, auto together) {
+      constexpr int R = together.rows;
+      RowMoments<T, R> m;
+      const T one[R] = {};
+      const Rows p = stream.get(at, together, false, one, T(in.pos_eps), buffer, m);
+      affine_rows<T, T, R>(at.of(table, 0, Dp), false, p, m, wp, both, Dp);
+      with_dtype<T>(pos_out.dtype, [&](auto e) {
+        affine_rows<T, typename decltype(e)::type, R>(at.of(pos_out), false, p, m, wp, bp, D);
+      });
+    });
   });
 }
 
-// Backward of p' = LN(p; wp, bp):  row n of dp, and the row's terms of dwp and dbp (null: not wanted), from row n of dp'.
+// Backward of p' = LN(p; wp, bp) on tokens [n0, n1): dpos (may be absent) and these rows' terms of dwp and dbp, from dp', `dp_step` bytes a
+// token. `buffer` holds kTogether rows.
 template <class T>
-MPVG_INLINE void pos_backward(const Saved& in, const View& dpos, const T* wp, int64_t n, const T* dp_out, T* buffer, T* dwp, T* dbp) {
+void pos_backward(const Saved& in, const View& dpos, const T* wp, int64_t n0, int64_t n1, const T* dp_out, int64_t dp_step, T* buffer, T* dwp,
+                  T* dbp) {
   const int64_t D = in.shape.D;
-  Moments<T> m;
-  const T* p = pos_row(in.pos, n, D, T(in.pos_eps), buffer, &m);
-  accumulate(1, &dp_out, &p, &m, dwp, dbp, padded<T>(D));
-  if (!dpos) return;
-  GradMeans<T> k;
-  const T one(1);
-  void *dp_row = const_cast<T*>(dp_out), *p_row = const_cast<T*>(p), *dpos_row = dpos.at(0, n), *no_row = nullptr;
-  find_grad_means<T, T, T>(1, nullptr, &dp_row, nullptr, &p_row, wp, &m, &k, D);
-  choose_input_gradients<T>(dpos.dtype, Dtype::absent)(1, &dpos_row, false, &no_row, &dp_out, wp, &p, &m, &k, &one, nullptr, nullptr, D);
+  const Stream<T> stream = pos_stream<T>(in.pos, D);
+  const InputGradients<T, Also::sums> write_dpos(dpos.dtype, Dtype::absent);
+  visit_tokens<T>(n0, n1, D, [&](Group at, auto together) {
+    constexpr int R = together.rows;
+    RowMoments<T, R> m;
+    GradRow<pack<T, R>> k;
+    const T one[R] = {};
+    const Rows p = stream.get(at, together, false, one, T(in.pos_eps), buffer, m);
+    const Rows dp{const_cast<char*>(reinterpret_cast<const char*>(dp_out)) + (at.n - n0) * dp_step, dp_step};
+    if (!dpos) return accumulate<T, R>(dp, p, m, dwp, {dbp}, padded<T>(D));
+    find_grad_means<T, T, T, R, false>(dp, nullptr, p, nullptr, wp, m, k, padded<T>(D), T(1) / T(D));
+    write_dpos(together, at.of(dpos), false, {}, dp, wp, p, m, k, nullptr, dwp, {dbp}, D);
+  });
 }
 
 // out = the sum of `count` rows, `stride` apart. In double: the number of terms has no bound.

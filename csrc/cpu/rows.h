@@ -8,16 +8,17 @@
 
 namespace mpvg::MPVG_ISA {
 
-// Rows that go through each pass together: so much time lies between a prefetch and its use, and the buffers stay in L1.
-constexpr int kRows = 4;
-// Rows longer than this the hardware prefetches better by itself (tried: at 3 KB, software prefetching costs 15 %; at 0.75 and 1.5 KB it
-// saves 10 to 30 % of a call that reads from memory).
-constexpr int64_t kPrefetchBytes = 1536;
-// Rows that go through a loop together, R = 2 of the kRows: two chains of additions hide some of their latency, and w and dw are loaded
-// once for both. Four run out of general registers for the rows' addresses (tried: a third of the instructions were then reloads).
-template <int R>
+// Rows that go together: their lane sums and moments cost half, their chains of additions overlap. Limited by the registers for sums and
+// addresses.
+constexpr int kTogether = MPVG_VECTOR_BYTES == 64 ? 4 : 2;
+// `samples`: the same token of R samples, that is R streams of ascending addresses. They go through a loop side by side, so that what they
+// share (weights, sums over the batch) is loaded once for all. Otherwise R tokens of one sample, which lie in one page of memory: they go
+// row after row, since the hardware prefetches (and streams out) ascending addresses in a page, not four places at once. (Tried: side by
+// side 1.2 to 2 times slower there, row after row 1.3 to 2 times slower for samples.)
+template <int R, bool Samples>
 struct Together {
   static constexpr int rows = R;
+  static constexpr bool samples = Samples;
 };
 
 template <class T>
@@ -179,27 +180,66 @@ MPVG_INLINE void add_row(T* dst, const T* src, int64_t Dp) {
   over_padded<T>(Dp, [&](int64_t i) MPVG_LAMBDA { store(dst + i, load<T>(dst + i) + load<T>(src + i)); });
 }
 
-// f(r, Together<2>) for pairs of rows, f(r, Together<1>) for the odd one, and for all rows if D is ragged: only there do loops have ends.
-template <class T, class F>
-MPVG_INLINE void in_pairs(int rows, int64_t D, F f) {
-  int r = 0;
-  if (D % Vec<T>::lanes == 0)
-    for (; r + 2 <= rows; r += 2) f(r, Together<2>{});
-  for (; r < rows; ++r) f(r, Together<1>{});
+// R rows of one tensor, `step` bytes apart: a token of R samples, or R tokens of a sample.
+struct Rows {
+  void* first = nullptr;
+  int64_t step = 0;
+  MPVG_INLINE void* operator[](int r) const { return static_cast<char*>(first) + r * step; }
+  MPVG_INLINE Rows from(int r) const { return {first ? (*this)[r] : nullptr, step}; }
+  MPVG_INLINE explicit operator bool() const { return first; }
+};
+
+// Which rows go together: R of them from sample b and token n on, along the samples or along the tokens.
+struct Group {
+  int64_t b, n;
+  bool along_samples;
+  MPVG_INLINE Rows of(const View& v) const {
+    if (!v) return {};
+    return {v.at(b, n), (along_samples ? v.stride_b : v.stride_n) * bytes(v.dtype)};
+  }
+  // The same in a table with one row for each token from `first_token` on.
+  template <class T>
+  MPVG_INLINE Rows of(T* table, int64_t first_token, int64_t Dp) const {
+    return {const_cast<void*>(static_cast<const void*>(table + (n - first_token) * Dp)), along_samples ? 0 : Dp * int64_t(sizeof(T))};
+  }
+  MPVG_INLINE int64_t sample(int r) const { return along_samples ? b + r : b; }
+  MPVG_INLINE int64_t token(int r) const { return along_samples ? n : n + r; }
+};
+
+// Calls step(group, Together) over tokens [n0, n1) of samples [b0, b1): samples in groups of kTogether, then those left over one by one,
+// their tokens in groups. A group has its tokens on one side of `border`. After each group of samples, done(). Rows of ragged D go one by
+// one: only then do loops have ends.
+template <class T, class Step, class Done>
+MPVG_INLINE void visit(int64_t b0, int64_t b1, int64_t n0, int64_t n1, int64_t border, int64_t D, Step step, Done done) {
+  constexpr int R = kTogether;
+  const bool grouped = D % Vec<T>::lanes == 0;
+  int64_t b = b0;
+  for (; grouped && b + R <= b1; b += R, done())
+    for (int64_t n = n0; n < n1; ++n) step(Group{b, n, true}, Together<R, true>{});
+  for (; b < b1; ++b, done())
+    for (int64_t n = n0; n < n1;) {
+      const int64_t end = n < border ? min(border, n1) : n1;
+      for (; grouped && n + R <= end; n += R) step(Group{b, n, false}, Together<R, false>{});
+      for (; n < end; ++n) step(Group{b, n, false}, Together<1, false>{});
+    }
 }
-template <int R, class T, class F>
+
+// f(i, size, r) for each Vec of R rows, side by side or row after row. Only rows that go alone have ragged ends.
+template <class T, int R, bool SideBySide, class F>
 MPVG_INLINE void over(int64_t D, F f) {
   if constexpr (R == 1) {
-    over_row<T>(D, f);
+    over_row<T>(D, [&](int64_t i, auto size) MPVG_LAMBDA { f(i, size, 0); });
+  } else if constexpr (SideBySide) {
+    over_padded<T>(D, [&](int64_t i) MPVG_LAMBDA { each_row<R>([&](int r) MPVG_LAMBDA { f(i, Whole{}, r); }); });
   } else {
-    over_padded<T>(D, [&](int64_t i) MPVG_LAMBDA { f(i, Whole{}); });
+    each_row<R>([&](int r) MPVG_LAMBDA { over_padded<T>(D, [&](int64_t i) MPVG_LAMBDA { f(i, Whole{}, r); }); });
   }
 }
 
 // Loops over several rows keep what they need of each in registers: copies that no store can be suspected to change.
 template <int R, class E>
 struct Each {
-  E of[R];
+  E of[R ? R : 1];
   MPVG_INLINE E& operator[](int r) { return of[r]; }
   MPVG_INLINE const E& operator[](int r) const { return of[r]; }
 };
@@ -209,152 +249,204 @@ MPVG_INLINE Each<R, E> each(const E* p) {
   for (int r = 0; r < R; ++r) e[r] = p[r];
   return e;
 }
-// The same for rows of E, which is not known where they are chosen.
 template <int R, class E>
-MPVG_INLINE Each<R, E*> rows_of(void* const* p) {
+MPVG_INLINE Each<R, E*> each(Rows rows) {
   Each<R, E*> e;
-  for (int r = 0; r < R; ++r) e[r] = static_cast<E*>(p[r]);
+  for (int r = 0; r < R; ++r) e[r] = static_cast<E*>(rows[r]);
   return e;
 }
 
-// Rows that go together through a pass: of `pair` samples (2: b and b + 1; else 1) as many tokens from n on as fit, first both samples' row
-// n, then both samples' row n + 1. So neighbours share what belongs to a token (its PE, its sum of dy), and each sample is read in order.
-struct Block {
-  int64_t b, n;
-  int pair, rows;
-  MPVG_INLINE int64_t b_of(int r) const { return b + (r & (pair - 1)); }
-  MPVG_INLINE int64_t n_of(int r) const { return n + (r >> (pair - 1)); }
-  // at[r]: what step_b a sample and step_n a token add up to at row r. For all kRows, so that it takes no loop.
-  MPVG_INLINE void offsets(int64_t step_b, int64_t step_n, int64_t* at) const {
-    const int64_t first = b * step_b + n * step_n, one = pair == 2 ? step_b : step_n, two = pair == 2 ? step_n : 2 * step_n;
-    at[0] = first, at[1] = first + one, at[2] = first + two, at[3] = first + one + two;
-  }
-  MPVG_INLINE void pointers(const View& v, void** p) const {
-    static_assert(kRows == 4, "offsets() spells four rows out");
-    int64_t at[kRows];
-    offsets(v.stride_b * bytes(v.dtype), v.stride_n * bytes(v.dtype), at);
-    for (int r = 0; r < kRows; ++r) p[r] = v ? reinterpret_cast<void*>(reinterpret_cast<uintptr_t>(v.data) + at[r]) : nullptr;
-  }
-  // Asks for the rows of v ahead of their use. Longer rows than these the hardware fetches better by itself.
-  MPVG_INLINE void prefetch(const View& v, int64_t D) const {
-    const int64_t size = D * bytes(v.dtype);
-    if (!v || size > kPrefetchBytes) return;
-    void* p[kRows];
-    pointers(v, p);
-    for (int r = 0; r < rows; ++r)
-      for (int64_t i = 0; i < size; i += 64) __builtin_prefetch(static_cast<const char*>(p[r]) + i);
-  }
+// The moments of R rows.
+template <class T, int R>
+struct RowMoments : Moments<pack<T, R>> {
+  bool all_centred;  // m1 = 0 for all of them
+  MPVG_INLINE Moments<T> of(int r) const { return {at(this->m1, r), at(this->m2, r), at(this->rstd, r)}; }
+  MPVG_INLINE RowMoments<T, 1> one(int r) const { return {of(r), of(r).m1 == T(0)}; }
+  MPVG_INLINE void set_row(int r, Moments<T> m) { set(this->m1, r, m.m1), set(this->m2, r, m.m2), set(this->rstd, r, m.rstd); }
 };
+
+// From a mean (as m2) and rstd for each row; m1 and m2 of rows that are not `centred` are still to be found.
+template <class T, int R>
+MPVG_INLINE bool all_centred(const Moments<pack<T, R>>& m, int64_t D) {
+  bool all = true;
+  each_row<R>([&](int r) MPVG_LAMBDA { all &= centred(at(m.m2, r), at(m.rstd, r), D); });
+  return all;
+}
+
+// c = v - m1, where m1 is not 0 by the row's moments
+template <bool Centre, class T>
+MPVG_INLINE Vec<T> centre(Vec<T> v, T m1) {
+  if constexpr (Centre) return v - Vec<T>(m1);
+  return v;
+}
+
+struct False {
+  static constexpr bool value = false;
+};
+struct True {
+  static constexpr bool value = true;
+};
+// f(first, moments, rows, Centre) for the rows as one group if m1 = 0 for all of them, else one by one, each by its own moments: so a row's
+// result does not depend on its company.
+template <int R>
+struct Count {
+  static constexpr int value = R;
+};
+template <class T, int R, class F>
+MPVG_INLINE void by_centre(const RowMoments<T, R>& m, F f) {
+  if (__builtin_expect(m.all_centred, true)) return f(0, m, Count<R>{}, False{});
+  for (int r = 0; r < R; ++r) m.one(r).all_centred ? f(r, m.one(r), Count<1>{}, False{}) : f(r, m.one(r), Count<1>{}, True{});
+}
 
 // ---- forward: h = x + s * f, its moments, y = hhat * w + t ----
 
-// First pass over rows of the stream. h is rounded to its dtype and kept, unless its rows are null; sum[r] = sum(h), of h as stored. buffer
-// is null if x is used in place.
-template <class T, class X, class F>
-void join_rows(int rows, T* buffer, void* const* x_rows, void* const* f_rows, void* const* h_rows, bool streaming, const T* scales,
-               int64_t D, T* sum) {
+// Moments by a second pass over a row in L1, for a row that is not `centred`. padded_row: the row lies in a buffer, whose pad is set so
+// that c is 0 there.
+template <class T>
+__attribute__((noinline)) Moments<T> centred_moments(const T* v, T* padded_row, T sum, int64_t D, T eps) {
+  const T inv_D = T(1) / T(D), m1 = sum * inv_D;
+  const int64_t Dp = padded<T>(D);
+  for (int64_t i = D; padded_row && i < Dp; ++i) padded_row[i] = m1;
+  Sum<T> s, ss;
+  over_padded<T>(Dp, [&](int64_t i) MPVG_LAMBDA {
+    const Vec<T> c = load<T>(v + i) - Vec<T>(m1);
+    s.add(c);              // sum(c)
+    ss.add_product(c, c);  // sum(c^2)
+  });
+  return moments(m1, s.total(), ss.total(), inv_D, eps);
+}
+
+// First pass over R rows of the stream. h is rounded to its dtype and kept, unless `h_rows` is empty; v, the rows as T, goes to `buffer`, unless
+// that is null because x is used in place.
+template <class T, class X, class F, int R, bool SideBySide>
+void join_rows(Rows x_rows, Rows f_rows, Rows h_rows, T* buffer, bool streaming, const T* scales, int64_t D, T eps,
+               RowMoments<T, R>& m) {
   using H = typename Promote<X, F>::type;
   constexpr bool joined = !__is_same(F, None);
   using F_ = typename Promote<F, None>::type;  // F itself
-  for (int r = 0; r < rows; ++r) {
-    const X* x = static_cast<const X*>(x_rows[r]);
-    const F_* f = static_cast<const F_*>(f_rows[r]);
-    H* h = static_cast<H*>(h_rows[r]);
-    T* v = buffer ? buffer + r * padded<T>(D) : nullptr;
-    const Vec<T> s(scales[r]);
-    Sum<T> total;
-    over_row<T>(D, [&](int64_t i, auto size) MPVG_LAMBDA {
-      Vec<T> v_i = load<T>(x + i, size);
-      if constexpr (joined) {
-        v_i = fma(s, load<T>(f + i, size), v_i);
-        if (h) put(h + i, v_i, size, streaming);
-        if constexpr (sizeof(H) == 2) v_i = rounded<H>(v_i);
-      }
-      total.add(v_i);
-      if (v) store(v + i, v_i);
-    });
-    sum[r] = total.total();
+  const auto x = each<R, const X>(x_rows);
+  const auto f = each<R, const F_>(f_rows);
+  const auto h = each<R, H>(h_rows);
+  const int64_t Dp = padded<T>(D);
+  const bool keep = bool(h_rows);
+  Sum<T> s[R], ss[R];
+  over<T, R, SideBySide>(D, [&](int64_t i, auto size, int r) MPVG_LAMBDA {
+    Vec<T> v = load<T>(x[r] + i, size);
+    if constexpr (joined) {
+      v = fma(Vec<T>(scales[r]), load<T>(f[r] + i, size), v);
+      if (keep) put(h[r] + i, v, size, streaming);
+      if constexpr (sizeof(H) == 2) v = rounded<H>(v);
+    }
+    s[r].add(v);              // sum(v)
+    ss[r].add_product(v, v);  // sum(v^2)
+    if (joined || buffer) store(buffer + r * Dp + i, v);
+  });
+  const pack<T, R> sum = totals<T, R>(s);
+  static_cast<Moments<pack<T, R>>&>(m) = moments(pack<T, R>{}, sum, totals<T, R>(ss), T(1) / T(D), eps);
+  m.all_centred = all_centred<T, R>(m, D);
+  for (int r = 0; !m.all_centred && r < R; ++r) {
+    const Moments<T> own = m.of(r);
+    if (centred(own.m2, own.rstd, D)) continue;
+    T* const row = buffer ? buffer + r * Dp : nullptr;
+    m.set_row(r, centred_moments(row ? row : reinterpret_cast<const T*>(x[r]), row, at(sum, r), D, eps));
   }
 }
 
-// The moments of rows, given their sums. Rows in a buffer are padded with m1, so that c is 0 there.
-template <class T>
-MPVG_INLINE void find_moments(int rows, const T* const* v_rows, T* buffer, const T* sum, int64_t D, T eps, Moments<T>* m) {
-  const T inv_D = T(1) / T(D);
-  const int64_t Dp = padded<T>(D);
-  in_pairs<T>(rows, D, [&](int r0, auto together) MPVG_LAMBDA {
-    constexpr int R = decltype(together)::rows;
-    const auto v = each<R>(v_rows + r0);
-    auto m1 = each<R>(sum + r0);
-    Sum<T> s[R], ss[R];
-    for (int r = 0; r < R; ++r) {
-      m1[r] *= inv_D;
-      for (int64_t i = D; buffer && i < Dp; ++i) buffer[(r0 + r) * Dp + i] = m1[r];
-    }
-    over_padded<T>(Dp, [&](int64_t i) MPVG_LAMBDA {
-      for (int r = 0; r < R; ++r) {
-        const Vec<T> c = load<T>(v[r] + i) - Vec<T>(m1[r]);
-        s[r].add(c);              // sum(c)
-        ss[r].add_product(c, c);  // sum(c^2)
-      }
-    });
-    for (int r = 0; r < R; ++r) m[r0 + r] = moments(m1[r], s[r].total(), ss[r].total(), inv_D, eps);
-  });
-}
-
-// Last pass:  y = vhat * w + t
-template <class T, class Y>
-void affine_rows(int rows, void* const* y_rows, bool streaming, const T* const* v_rows, const Moments<T>* moments, const T* w,
-                 const T* const* addends, int64_t D) {
-  in_pairs<T>(rows, D, [&](int r0, auto together) MPVG_LAMBDA {
-    constexpr int R = decltype(together)::rows;
-    const auto y = rows_of<R, Y>(y_rows + r0);
-    const auto v = each<R>(v_rows + r0), t = each<R>(addends + r0);
-    const auto m = each<R>(moments + r0);
-    over<R, T>(D, [&](int64_t i, auto size) MPVG_LAMBDA {
-      for (int r = 0; r < R; ++r)
-        put(y[r] + i, fma(normalised(load<T>(v[r] + i), m[r]), load<T>(w + i), load<T>(t[r] + i)), size, streaming);
+// Last pass:  y = vhat * w + t, side by side
+template <class T, class Y, int R>
+void affine_rows(Rows y_rows, bool streaming, Rows v_rows, const RowMoments<T, R>& moments, const T* w, const T* t, int64_t D) {
+  by_centre<T, R>(moments, [&](int first, const auto& m, auto count, auto centring) MPVG_LAMBDA {
+    constexpr int G = decltype(count)::value;
+    constexpr bool Centre = decltype(centring)::value;
+    const auto y = each<G, Y>(y_rows.from(first));
+    const auto v = each<G, const T>(v_rows.from(first));
+    const auto m1 = m.m1, rstd = m.rstd, shift = -m.m2 * rstd;
+    over<T, G, true>(D, [&](int64_t i, auto size, int r) MPVG_LAMBDA {
+      const Vec<T> vhat = fma(centre<Centre>(load<T>(v[r] + i), at(m1, r)), Vec<T>(at(rstd, r)), Vec<T>(at(shift, r)));
+      put(y[r] + i, fma(vhat, load<T>(w + i), load<T>(t + i)), size, streaming);
     });
   });
 }
 
-// The joined stream, row by row, and its moments.
+// A function for one row, and the same for groups of them, along the samples or the tokens.
+template <class One, class Group>
+struct ByRows {
+  One one;
+  Group samples, tokens;
+  template <class Together>
+  MPVG_INLINE auto with(Together) const {
+    if constexpr (Together::rows == 1) return one;
+    if constexpr (Together::rows > 1) return Together::samples ? samples : tokens;
+  }
+};
+template <class One, class Group>
+ByRows(One, Group, Group) -> ByRows<One, Group>;
+
+// The joined stream, some rows at a time, and its moments.
 template <class T>
 struct Stream {
   View x, f, h;
   int64_t D;
   bool direct;
-  decltype(&join_rows<T, T, None>) join;
+  ByRows<decltype(&join_rows<T, T, None, 1, false>), decltype(&join_rows<T, T, None, kTogether, false>)> join;
 
   Stream(const Inputs& in, const View& h) : x(in.x), f(in.branch), h(h), D(in.shape.D), direct(!f && in_place<T>(x, D)) {
     with_dtype<T>(x.dtype, [&](auto x_type) {
       with_optional_dtype<T>(f.dtype, [&](auto f_type) {
-        join = join_rows<T, typename decltype(x_type)::type, typename decltype(f_type)::type>;
+        using X = typename decltype(x_type)::type;
+        using F = typename decltype(f_type)::type;
+        join = {&join_rows<T, X, F, 1, false>, &join_rows<T, X, F, kTogether, true>, &join_rows<T, X, F, kTogether, false>};
       });
     });
   }
-  // The block's rows v, in place or in `buffer`, and their moments m.
-  MPVG_INLINE void get(Block at, bool streaming, const T* s, T eps, T* buffer, const T** v, Moments<T>* m) const {
-    void *x_rows[kRows], *f_rows[kRows], *h_rows[kRows];
-    T sum[kRows];
-    at.pointers(x, x_rows), at.pointers(f, f_rows), at.pointers(h, h_rows);
-    if (direct) buffer = nullptr;
-    join(at.rows, buffer, x_rows, f_rows, h_rows, streaming, s, D, sum);
-    for (int r = 0; r < at.rows; ++r) v[r] = direct ? static_cast<const T*>(x_rows[r]) : buffer + r * padded<T>(D);
-    find_moments(at.rows, v, buffer, sum, D, eps, m);
+  // The group's rows v, in place or in `buffer`; their moments in m.
+  template <int R, bool Samples>
+  MPVG_INLINE Rows get(Group at, Together<R, Samples> together, bool streaming, const T* s, T eps, T* buffer, RowMoments<T, R>& m) const {
+    const Rows x_rows = at.of(x);
+    join.with(together)(x_rows, at.of(f), at.of(h), direct ? nullptr : buffer, streaming, s, D, eps, m);
+    return direct ? x_rows : Rows{buffer, padded<T>(D) * int64_t(sizeof(T))};
   }
 };
 
-// sum += vhat, over rows
-template <class T>
-MPVG_INLINE void add_normalised(int rows, T* sum, const T* const* v_rows, const Moments<T>* moments, int64_t Dp) {
-  in_pairs<T>(rows, Dp, [&](int r0, auto together) MPVG_LAMBDA {
-    constexpr int R = decltype(together)::rows;
-    const auto v = each<R>(v_rows + r0);
-    const auto m = each<R>(moments + r0);
+// Saves mean and rstd of the group's rows, into (B, N) arrays.
+template <class T, int R>
+MPVG_INLINE void save_moments(const RowMoments<T, R>& m, Group at_rows, int64_t N, T* mean, T* rstd) {
+  each_row<R>([&](int r) MPVG_LAMBDA {
+    const int64_t row = at_rows.sample(r) * N + at_rows.token(r);
+    const Moments<T> own = m.of(r);
+    mean[row] = own.m1 == T(0) ? own.m2 : own.m1, rstd[row] = own.rstd;
+  });
+}
+// The same back; m2 of rows that are not centred is still to be found.
+template <class T, int R>
+MPVG_INLINE RowMoments<T, R> saved_moments(Group at_rows, int64_t N, int64_t D, const T* mean, const T* rstd) {
+  RowMoments<T, R> m;
+  m.m1 = pack<T, R>{};
+  each_row<R>([&](int r) MPVG_LAMBDA {
+    const int64_t row = at_rows.sample(r) * N + at_rows.token(r);
+    set(m.m2, r, mean[row]), set(m.rstd, r, rstd[row]);
+  });
+  m.all_centred = all_centred<T, R>(m, D);
+  for (int r = 0; !m.all_centred && r < R; ++r) {
+    const Moments<T> own = m.of(r);
+    if (!centred(own.m2, own.rstd, D)) m.set_row(r, {own.m2, T(0), own.rstd});
+  }
+  return m;
+}
+
+// sum += vhat, over R rows
+template <class T, int R>
+MPVG_INLINE void add_normalised(T* sum, Rows v_rows, const RowMoments<T, R>& moments, int64_t Dp) {
+  by_centre<T, R>(moments, [&](int first, const auto& m, auto count, auto centring) MPVG_LAMBDA {
+    constexpr int G = decltype(count)::value;
+    constexpr bool Centre = decltype(centring)::value;
+    const auto v = each<G, const T>(v_rows.from(first));
+    const auto m1 = m.m1, rstd = m.rstd, shift = -m.m2 * rstd;
     over_padded<T>(Dp, [&](int64_t i) MPVG_LAMBDA {
       Vec<T> a = load<T>(sum + i);
-      for (int r = 0; r < R; ++r) a = a + normalised(load<T>(v[r] + i), m[r]);
+      each_row<G>([&](int r) MPVG_LAMBDA {
+        a = a + fma(centre<Centre>(load<T>(v[r] + i), at(m1, r)), Vec<T>(at(rstd, r)), Vec<T>(at(shift, r)));
+      });
       store(sum + i, a);
     });
   });
@@ -362,88 +454,140 @@ MPVG_INLINE void add_normalised(int rows, T* sum, const T* const* v_rows, const 
 
 // ---- backward: dv = s * (dh + rstd * (g - mean(g) - vhat * mean(g * vhat))), g = dy * w ----
 
-// First pass over rows v (of dtype V) whose m1 and rstd are known: brings dy (of dtype G) and v into their buffers, unless these are null
-// because rows are used in place; finds m2 and the means.
-template <class T, class G, class V>
-void find_grad_means(int rows, T* dy_buffer, void* const* dy_rows, T* v_buffer, void* const* v_rows, const T* w,
-                     Moments<T>* moments, GradMeans<T>* means, int64_t D) {
-  const T inv_D = T(1) / T(D);
-  for (int r = 0; r < rows; ++r) {
-    const G* dy = static_cast<const G*>(dy_rows[r]);
-    const V* v = static_cast<const V*>(v_rows[r]);
-    T* dy_out = dy_buffer ? dy_buffer + r * padded<T>(D) : nullptr;
-    T* v_out = v_buffer ? v_buffer + r * padded<T>(D) : nullptr;
-    const T m1 = moments[r].m1;
-    Sum<T> s_c, s_g, s_gc;
-    over_row<T>(D, [&](int64_t i, auto size) MPVG_LAMBDA {
-      const Vec<T> dy_i = load<T>(dy + i, size), v_i = load<T>(v + i, size, m1);  // ends are padded so that c is 0
-      const Vec<T> c = v_i - Vec<T>(m1), g = dy_i * load<T>(w + i);
-      s_c.add(c);              // sum(c)
-      s_g.add(g);              // sum(g)
-      s_gc.add_product(g, c);  // sum(g * c)
-      if (dy_out) store(dy_out + i, dy_i);
-      if (v_out) store(v_out + i, v_i);
+// First pass over R rows v (of dtype V) whose mean and rstd are known: brings dy (of dtype G) and v into their buffers, unless these are
+// null because rows are used in place; finds the rest of their moments and their means.
+template <class T, class G, class V, int R, bool SideBySide>
+void find_grad_means(Rows dy_rows, T* dy_buffer, Rows v_rows, T* v_buffer, const T* w, RowMoments<T, R>& moments,
+                     GradRow<pack<T, R>>& grad, int64_t D, T inv_D) {
+  const int64_t Dp = padded<T>(D);
+  by_centre<T, R>(moments, [&](int first, auto m, auto count, auto centring) MPVG_LAMBDA {
+    constexpr int S = decltype(count)::value;
+    constexpr bool Centre = decltype(centring)::value;
+    const auto dy = each<S, const G>(dy_rows.from(first));
+    const auto v = each<S, const V>(v_rows.from(first));
+    const auto m1 = m.m1;
+    T* const dy_out = dy_buffer ? dy_buffer + first * Dp : nullptr;
+    T* const v_out = v_buffer ? v_buffer + first * Dp : nullptr;
+    Sum<T> s_c[S], s_g[S], s_gc[S];
+    over<T, S, SideBySide>(D, [&](int64_t i, auto size, int r) MPVG_LAMBDA {
+      const Vec<T> dy_i = load<T>(dy[r] + i, size), v_i = load<T>(v[r] + i, size, at(m1, r));  // ends are padded so that c is 0
+      const Vec<T> c = centre<Centre>(v_i, at(m1, r)), g = dy_i * load<T>(w + i);
+      if constexpr (Centre) s_c[r].add(c);  // sum(c)
+      s_g[r].add(g);                        // sum(g)
+      s_gc[r].add_product(g, c);            // sum(g * c)
+      if (dy_out) store(dy_out + r * Dp + i, dy_i);
+      if (v_out) store(v_out + r * Dp + i, v_i);
     });
-    moments[r].m2 = s_c.total() * inv_D;
-    means[r] = grad_means(moments[r], s_g.total(), s_gc.total(), inv_D);
-  }
+    if constexpr (Centre) m.m2 = totals<T, S>(s_c) * inv_D;
+    const auto row = grad_row<pack<T, S>>(m, grad_means<pack<T, S>>(m, totals<T, S>(s_g), totals<T, S>(s_gc), inv_D));
+    if constexpr (S == R) {
+      moments.m2 = m.m2, grad = row;
+    } else {
+      set(moments.m2, first, m.m2), set(grad.q, first, row.q), set(grad.k, first, row.k);
+    }
+  });
 }
 template <class T>
 auto choose_grad_means(Dtype dy, Dtype v) {
-  return with_dtype<T>(dy, [&](auto g_type) {
-    return with_dtype<T>(v, [&](auto v_type) {
-      return &find_grad_means<T, typename decltype(g_type)::type, typename decltype(v_type)::type>;
+  return with_dtype<T>(dy, [&](auto g) {
+    return with_dtype<T>(v, [&](auto v) {
+      using G = typename decltype(g)::type;
+      using V = typename decltype(v)::type;
+      return ByRows{&find_grad_means<T, G, V, 1, false>, &find_grad_means<T, G, V, kTogether, true>,
+                    &find_grad_means<T, G, V, kTogether, false>};
     });
   });
 }
 
-// Last pass: dv in its dtype, from dh (dtype DH, which may be None). The sums over rows may go along, if both are wanted:
-// dw += dy * vhat;  sum += dy.
-template <class T, class DV, class DH, bool Sums>
-void input_gradients(int rows, void* const* dv_rows, bool streaming, void* const* dh_rows, const T* const* dy_rows, const T* w,
-                     const T* const* v_rows, const Moments<T>* moments, const GradMeans<T>* means, const T* scales, T* dw, T* sum,
-                     int64_t D) {
-  constexpr bool has_dh = !__is_same(DH, None);
+// Last pass, side by side: dv in its dtype, from dh (dtype DH, which may be None). What else it does:
+enum class Also {
+  nothing,
+  scale,  // dv *= s, each row by its own
+  sums,   // dw += dy * vhat;  sum += dy
+};
+template <class T, class DV, class DH, int R, Also also>
+void input_gradients(Rows dv_rows, bool streaming, Rows dh_rows, Rows dy_rows, const T* w, Rows v_rows, const RowMoments<T, R>& moments,
+                     const GradRow<pack<T, R>>& grad, const T* scales, T* dw, T* sum, int64_t D) {
+  constexpr bool has_dh = !__is_same(DH, None), Sums = also == Also::sums;
   using DH_ = typename Promote<DH, None>::type;
-  in_pairs<T>(rows, D, [&](int r0, auto together) MPVG_LAMBDA {
-    constexpr int R = decltype(together)::rows;
-    const auto dv = rows_of<R, DV>(dv_rows + r0);
-    const auto dh = rows_of<R, const DH_>(dh_rows + r0);
-    const auto dy = each<R>(dy_rows + r0), v = each<R>(v_rows + r0);
-    const auto m = each<R>(moments + r0);
-    const auto k = each<R>(means + r0);
-    const auto s = each<R>(scales + r0);
-    over<R, T>(D, [&](int64_t i, auto size) MPVG_LAMBDA {
+  by_centre<T, R>(moments, [&](int first, const auto& m, auto count, auto centring) MPVG_LAMBDA {
+    constexpr int G = decltype(count)::value;
+    constexpr bool Centre = decltype(centring)::value;
+    const auto dv = each<G, DV>(dv_rows.from(first));
+    const auto dh = each<G, const DH_>(dh_rows.from(first));
+    const auto dy = each<G, const T>(dy_rows.from(first));
+    const auto v = each<G, const T>(v_rows.from(first));
+    const auto s = each<also == Also::scale ? G : 0>(scales + first);
+    const auto m1 = m.m1, rstd = m.rstd, shift = -m.m2 * rstd;
+    Each<G, T> q, k;
+    each_row<G>([&](int r) MPVG_LAMBDA { q[r] = at(grad.q, first + r), k[r] = at(grad.k, first + r); });
+    const auto at_each = [&](int64_t i, auto size) MPVG_LAMBDA {
+      const Vec<T> w_i = load<T>(w + i);
       Vec<T> dw_i, sum_i;
       if constexpr (Sums) dw_i = load<T>(dw + i), sum_i = load<T>(sum + i);
-      for (int r = 0; r < R; ++r) {
-        const Vec<T> dy_i = load<T>(dy[r] + i), vhat = normalised(load<T>(v[r] + i), m[r]);
-        Vec<T> d = input_gradient(dy_i * load<T>(w + i), vhat, m[r], k[r]);
-        if constexpr (has_dh) d = d + load<T>(dh[r] + i, size);
-        put(dv[r] + i, Vec<T>(s[r]) * d, size, streaming);
-        if constexpr (Sums) dw_i = fma(dy_i, vhat, dw_i), sum_i = sum_i + dy_i;
-      }
+      each_row<G>([&](int r) MPVG_LAMBDA {
+        const Vec<T> dy_i = load<T>(dy[r] + i), c = centre<Centre>(load<T>(v[r] + i), at(m1, r));
+        Vec<T> d = fma(c, Vec<T>(k[r]), dy_i * w_i - Vec<T>(q[r]));
+        if constexpr (has_dh) {
+          d = fma(Vec<T>(at(rstd, r)), d, load<T>(dh[r] + i, size));
+        } else {
+          d = Vec<T>(at(rstd, r)) * d;
+        }
+        if constexpr (also == Also::scale) d = Vec<T>(s[r]) * d;
+        put(dv[r] + i, d, size, streaming);
+        if constexpr (Sums) {
+          dw_i = fma(dy_i, fma(c, Vec<T>(at(rstd, r)), Vec<T>(at(shift, r))), dw_i);
+          sum_i = sum_i + dy_i;
+        }
+      });
       if constexpr (Sums) store(dw + i, dw_i), store(sum + i, sum_i);
-    });
+    };
+    if constexpr (G == 1) {
+      over_row<T>(D, at_each);
+    } else {
+      over_padded<T>(D, [&](int64_t i) MPVG_LAMBDA { at_each(i, Whole{}); });
+    }
   });
 }
-template <class T, bool Sums = false>
-auto choose_input_gradients(Dtype dv, Dtype dh) {
-  return with_dtype<T>(dv, [&](auto v) {
-    return with_optional_dtype<T>(dh, [&](auto h) {
-      return &input_gradients<T, typename decltype(v)::type, typename decltype(h)::type, Sums>;
-    });
-  });
-}
+template <class T, Also also>
+struct InputGradients {
+  decltype(&input_gradients<T, T, None, 1, also>) one;
+  decltype(&input_gradients<T, T, None, kTogether, also>) group;
 
-// The sums alone, either of which may be null.
-template <class T>
-MPVG_INLINE void accumulate(int rows, const T* const* dy, const T* const* v, const Moments<T>* m, T* dw, T* sum, int64_t Dp) {
-  for (int r = 0; r < rows; ++r) {
-    if (sum) add_row(sum, dy[r], Dp);
+  InputGradients(Dtype dv, Dtype dh) {
+    with_dtype<T>(dv, [&](auto v) {
+      with_optional_dtype<T>(dh, [&](auto h) {
+        using DV = typename decltype(v)::type;
+        using DH = typename decltype(h)::type;
+        one = &input_gradients<T, DV, DH, 1, also>, group = &input_gradients<T, DV, DH, kTogether, also>;
+      });
+    });
+  }
+  // sum_rows: the same row for all samples, but one for each token unless their step is 0
+  template <int R, bool Samples>
+  MPVG_INLINE void operator()(Together<R, Samples>, Rows dv, bool streaming, Rows dh, Rows dy, const T* w, Rows v, const RowMoments<T, R>& m,
+                              const GradRow<pack<T, R>>& grad, const T* scales, T* dw, Rows sum, int64_t D) const {
+    if constexpr (R > 1 && (Samples || also != Also::sums)) {
+      group(dv, streaming, dh, dy, w, v, m, grad, scales, dw, static_cast<T*>(sum.first), D);
+    } else {
+      for (int r = 0; r < R; ++r)
+        one(dv.from(r), streaming, dh.from(r), dy.from(r), w, v.from(r), m.one(r), {at(grad.q, r), at(grad.k, r)},
+            scales ? scales + r : nullptr, dw, static_cast<T*>(sum.from(r).first), D);
+    }
+  }
+};
+
+// The sums alone, of which dw or sum may be absent.
+template <class T, int R>
+MPVG_INLINE void accumulate(Rows dy_rows, Rows v_rows, const RowMoments<T, R>& m, T* dw, Rows sum_rows, int64_t Dp) {
+  for (int r = 0; r < R; ++r) {
+    const T* const dy = static_cast<const T*>(dy_rows[r]);
+    const T* const v = static_cast<const T*>(v_rows[r]);
+    const Moments<T> own = m.of(r);
+    if (sum_rows) add_row(static_cast<T*>(sum_rows[r]), dy, Dp);
     if (!dw) continue;
     over_padded<T>(Dp, [&](int64_t i) MPVG_LAMBDA {
-      store(dw + i, fma(load<T>(dy[r] + i), normalised(load<T>(v[r] + i), m[r]), load<T>(dw + i)));
+      store(dw + i, fma(load<T>(dy + i), normalised(load<T>(v + i), own), load<T>(dw + i)));
     });
   }
 }
