@@ -110,9 +110,9 @@ MPVG_INLINE bool in_place(const View& v, int64_t D) {
   return bytes(v.dtype) == sizeof(T) && D % Vec<T>::lanes == 0;
 }
 
-// Whether a call writes its (B, N, D) outputs past the caches, and prefetches. Worth it when its (B, N, D) tensors together are more than
-// the last-level cache will keep of them anyway: such stores save the reading of what they overwrite. Measured on one core of an EPYC
-// with 32 MiB L3: 10 MB in all, 15 % slower; 14 MB, 25 % faster; 19 MB and more, 5 to 40 % faster.
+// Whether a call writes its (B, N, D) outputs past the caches. Worth it when its (B, N, D) tensors together are more than the last-level
+// cache will keep of them anyway: such stores save the reading of what they overwrite. Measured on one core of an EPYC with 32 MiB L3: 10 MB
+// in all, 15 % slower; 14 MB, 25 % faster; 19 MB and more, 5 to 40 % faster.
 constexpr int64_t kStreamBytes = 12 << 20;
 
 struct Streaming {
@@ -129,7 +129,7 @@ struct Streaming {
     aligned = aligned && (!v || (reinterpret_cast<uintptr_t>(v.data) | (shape.D * bytes(v.dtype))) % MPVG_VECTOR_BYTES == 0);
     return reads(v);
   }
-  MPVG_INLINE bool pays() const { return size > kStreamBytes && aligned; }
+  MPVG_INLINE bool pays(int64_t from = kStreamBytes) const { return size > from && aligned; }
 };
 
 // ---- a row as T, without more ----
