@@ -20,12 +20,16 @@ struct Moments {
   T m1, m2, rstd;
 };
 
+// The correctly rounded root, in the type's own precision: a device has no cheap double.
+MPVG_HD inline float square_root(float v) { return __builtin_sqrtf(v); }
+MPVG_HD inline double square_root(double v) { return __builtin_sqrt(v); }
+
 // From m1, sum(c) and sum(c^2), with inv_D = 1 / D. A NaN must pass the clamp, hence "var < 0" and not max().
 template <class T>
 MPVG_HD inline Moments<T> moments(T m1, T sum_c, T sum_cc, T inv_D, T eps) {
   const T m2 = sum_c * inv_D;
   const T var = sum_cc * inv_D - m2 * m2;
-  return {m1, m2, T(1) / T(__builtin_sqrt((var < T(0) ? T(0) : var) + eps))};
+  return {m1, m2, T(1) / square_root((var < T(0) ? T(0) : var) + eps)};
 }
 
 // vhat = (v - m1) * rstd - m2 * rstd

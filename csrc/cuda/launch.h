@@ -1,0 +1,148 @@
+// Host side of a launch: what depends on the device, how rows are laid over threads, how the work is cut into blocks. No torch here.
+//
+// Everything follows from shapes, strides and the device's fixed properties, nothing from the clock or the order of execution: results
+// are the same bits from run to run.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+
+#include "../cpu/kernels.h"
+
+namespace mpvg::cuda {
+
+// Launch choices. They follow from registers, shared memory and latency as computed for H100 and A100; none has been timed yet.
+struct Rules {
+  // Threads of a block whose rows take at most a warp each: four warps keep a block's tile of positions short (four rows at D = 768, 16 at
+  // 192), so that the last tile of 196 or 197 tokens is not mostly empty, and many blocks make the grid's last wave an even one.
+  static constexpr int threads = 128;
+  // A row may take so many threads; the register kernels then reach 32 * 256 = 8192 columns, wider rows go to the loops at the end of
+  // each operator's .cuh.
+  static constexpr int most_threads = 256;
+  static constexpr int widest = 8192;
+  // Threads of one multiprocessor, at the 128 registers that __launch_bounds__(most_threads, 2) allows: grids are cut to one wave of them.
+  static constexpr int resident_threads = 512;
+  // Rows in flight for each row in work. Bandwidth times latency is 16 to 32 KB a multiprocessor on H100 (3.3 TB/s, 0.6 to 1.2 us); 512
+  // threads x 48 bytes (24 elements of bf16) x 3 rows under way are 72 KB. More would only take shared memory from other blocks.
+  static constexpr int most_stages = 4;
+  // Samples of a block that pay for what it reads but once (its PE rows, w and b, all from L2): used to weigh one more wave against longer
+  // slices.
+  static constexpr double prologue_samples = 1.5;
+  // fp32 partials of S batch slices are 8 S N D bytes written and read, the backward itself moves 6 B N D or more: S <= B / 8 keeps them
+  // below a sixth of that, and as long as all of them stay in the L2 cache more blocks are worth more.
+  static constexpr int64_t samples_per_slice = 8;
+  static constexpr int64_t cached_partial_bytes = 4 << 20;
+  // Chunks of a sample's tokens in the pool's forward: its second stage adds them up one by one.
+  static constexpr int64_t most_chunks = 32;
+  // The finishing kernels: a strip of 8 columns is one 32-byte sector of a row of fp32, the least that memory moves, for as many blocks as
+  // possible; 64 threads walk down each column, so that 49 to 196 rows (times slices) are few steps of latency.
+  static constexpr int strip = 8, strip_rows = 64, finish_threads = strip * strip_rows;
+};
+
+inline void check(cudaError_t error, const char* doing) {
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // so that it does not surface again in the next call that asks
+  throw std::runtime_error(std::string("mpvg: ") + doing + ": " + cudaGetErrorString(error));
+}
+
+// The current device's fixed properties, looked up once a thread.
+struct Device {
+  int index = -1, multiprocessors, shared_per_multiprocessor, shared_per_block;
+
+  static const Device& current() {
+    static thread_local Device known;
+    int index;
+    check(cudaGetDevice(&index), "no current CUDA device");
+    if (known.index == index) return known;
+    const auto get = [&](int* value, cudaDeviceAttr what) { check(cudaDeviceGetAttribute(value, what, index), "CUDA device attributes"); };
+    get(&known.multiprocessors, cudaDevAttrMultiProcessorCount);
+    get(&known.shared_per_multiprocessor, cudaDevAttrMaxSharedMemoryPerMultiprocessor);
+    get(&known.shared_per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin);
+    known.index = index;
+    return known;
+  }
+};
+
+// The one way to start a kernel. An empty grid (an empty tensor) is no launch.
+template <class... Parameters>
+void launch(const char* name, void (*kernel)(Parameters...), int64_t blocks, int threads, size_t shared_bytes, cudaStream_t stream,
+            const Parameters&... arguments) {
+  if (blocks == 0) return;
+  cudaError_t error = blocks > 0x7fffffff ? cudaErrorInvalidConfiguration : cudaSuccess;
+  if (error == cudaSuccess && shared_bytes > 48 << 10)  // more than that a kernel has to ask for
+    error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes));
+  if (error == cudaSuccess) {
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(unsigned(blocks));
+    config.blockDim = dim3(unsigned(threads));
+    config.dynamicSmemBytes = shared_bytes;
+    config.stream = stream;
+    error = cudaLaunchKernelEx(&config, kernel, arguments...);
+  }
+  if (error == cudaSuccess) return;
+  cudaGetLastError();
+  throw std::runtime_error("mpvg: the CUDA kernel " + std::string(name) + " could not be launched (" + std::to_string(blocks) +
+                           " blocks of " + std::to_string(threads) + " threads, " + std::to_string(shared_bytes) +
+                           " bytes of shared memory): " + cudaGetErrorString(error));
+}
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// How rows of D elements lie over a block's threads: `lanes` threads a row, a power of two, each with `per_lane` elements in registers.
+// 24, 32 and 40 times a power of two are the widths of every common ViT (192, 384, 768; 256, 512, 1024; 1280), so that no lane idles; other
+// widths leave a fifth of the lanes idle at worst, a quarter for `any`, which is compiled for 32 alone.
+struct RowTile {
+  int per_lane, lanes, rows, threads;
+
+  RowTile(int64_t D, bool any) {
+    int64_t least = 0;
+    for (const int p : {24, 32, 40}) {
+      if (any && p != 32) continue;
+      int64_t l = 1;
+      while (l * p < D) l *= 2;
+      if (!least || l * p < least) least = l * p, per_lane = p, lanes = int(l);
+    }
+    threads = lanes > 32 ? lanes : Rules::threads;  // a row of several warps has a block to itself: its sums are barriers
+    rows = threads / lanes;
+  }
+};
+
+// The shared memory of a block that keeps `stages` stages of rows in flight beside `fixed` bytes, and the blocks that one wave holds.
+struct Occupancy {
+  int stages;
+  size_t shared_bytes;
+  int64_t wave;
+
+  Occupancy(const RowTile& tile, size_t stage_bytes, size_t fixed_bytes) {
+    const Device& device = Device::current();
+    const int64_t blocks = std::max(1, Rules::resident_threads / tile.threads), reserved = 1 << 10;  // CUDA takes 1 KB a block
+    const auto fits = [&](int64_t n, int64_t limit) { return int64_t(fixed_bytes + n * stage_bytes) <= limit; };
+    stages = Rules::most_stages;
+    while (stages > 2 && !fits(stages, device.shared_per_multiprocessor / blocks - reserved)) --stages;
+    while (stages > 1 && !fits(stages, device.shared_per_block)) --stages;
+    shared_bytes = fixed_bytes + stages * stage_bytes;
+    const int64_t fit = device.shared_per_multiprocessor / int64_t(shared_bytes + reserved);
+    wave = device.multiprocessors * std::max<int64_t>(1, std::min(blocks, fit));
+  }
+};
+
+// `count` items in `slices` slices of `length`, the last one perhaps shorter, each to be worked on by `tiles` blocks, in waves of `wave`
+// blocks. Fewest item times in a row, the prologue counted, for up to four waves; at most `at_most` slices.
+struct Slices {
+  int64_t slices = 1, length = 1;
+
+  Slices(int64_t count, int64_t tiles, int64_t wave, int64_t at_most) {
+    double least = 0;
+    for (int64_t waves = 1; waves <= 4; ++waves) {
+      const int64_t s = std::max<int64_t>(1, std::min({count, at_most, waves * wave / std::max<int64_t>(1, tiles)}));
+      const int64_t l = std::max<int64_t>(1, ceil_div(count, s)), used = std::max<int64_t>(1, ceil_div(count, l));
+      const double time = double(std::max<int64_t>(1, ceil_div(used * tiles, wave))) * (double(l) + Rules::prologue_samples);
+      if (least == 0 || time < least) least = time, slices = used, length = l;
+    }
+  }
+};
+
+}  // namespace mpvg::cuda
