@@ -23,8 +23,9 @@ struct Rules {
   // each operator's .cuh.
   static constexpr int most_threads = 256;
   static constexpr int widest = 8192;
-  // Threads of one multiprocessor, at the 128 registers that __launch_bounds__(most_threads, 2) allows: grids are cut to one wave of them.
-  static constexpr int resident_threads = 512;
+  // Threads of one multiprocessor by the registers that a row kernel gets: 128 each where that is enough; else 168, or what there is for
+  // types that are looked up. Grids are cut to one wave of them.
+  static constexpr int resident_threads(bool whole_chunks, int per_lane) { return !whole_chunks ? 256 : per_lane == 24 ? 512 : 384; }
   // Rows in flight for each row in work. Bandwidth times latency is 16 to 32 KB a multiprocessor on H100 (3.3 TB/s, 0.6 to 1.2 us); 512
   // threads x 48 bytes (24 elements of bf16) x 3 rows under way are 72 KB. More would only take shared memory from other blocks.
   static constexpr int most_stages = 4;
@@ -95,7 +96,7 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // 24, 32 and 40 times a power of two are the widths of every common ViT (192, 384, 768; 256, 512, 1024; 1280), so that no lane idles; other
 // widths leave a fifth of the lanes idle at worst, a quarter for `any`, which is compiled for 32 alone.
 struct RowTile {
-  int per_lane, lanes, rows, threads;
+  int per_lane, lanes, rows, threads, resident_threads;
 
   RowTile(int64_t D, bool any) {
     int64_t least = 0;
@@ -107,6 +108,7 @@ struct RowTile {
     }
     threads = lanes > 32 ? lanes : Rules::threads;  // a row of several warps has a block to itself: its sums are barriers
     rows = threads / lanes;
+    resident_threads = Rules::resident_threads(!any, per_lane);
   }
 };
 
@@ -118,7 +120,7 @@ struct Occupancy {
 
   Occupancy(const RowTile& tile, size_t stage_bytes, size_t fixed_bytes) {
     const Device& device = Device::current();
-    const int64_t blocks = std::max(1, Rules::resident_threads / tile.threads), reserved = 1 << 10;  // CUDA takes 1 KB a block
+    const int64_t blocks = std::max(1, tile.resident_threads / tile.threads), reserved = 1 << 10;  // CUDA takes 1 KB a block
     const auto fits = [&](int64_t n, int64_t limit) { return int64_t(fixed_bytes + n * stage_bytes) <= limit; };
     stages = Rules::most_stages;
     while (stages > 2 && !fits(stages, device.shared_per_multiprocessor / blocks - reserved)) --stages;

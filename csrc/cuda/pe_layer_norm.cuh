@@ -21,7 +21,7 @@ struct NormForward {
 };
 
 template <class T, int P>
-MPVG_ROW_KERNEL pe_layer_norm_fwd_kernel(const __grid_constant__ NormForward a) {
+MPVG_ROW_KERNEL(T, P) pe_layer_norm_fwd_kernel(const __grid_constant__ NormForward a) {
   using L = Layout<P, T::E, T::whole>;
   float* const w = reinterpret_cast<float*>(shared_memory());
   float* const exchange = w + padded(a.D);
@@ -45,10 +45,9 @@ MPVG_ROW_KERNEL pe_layer_norm_fwd_kernel(const __grid_constant__ NormForward a) 
   // While those come: w into shared memory, b + p' into registers.
   L::share(w, a.weight, a.D);
   float shift[P] = {};
-  if (a.bias) L::chunks(at, [&](int c, int column) { L::read(a.bias, a.bias.data, column, a.D, shift + c * L::E); });
+  const int k = n - a.prefix;
+  const bool there = a.pos && live && k >= 0;
   if (a.pos) {
-    const int k = n - a.prefix;
-    const bool there = live && k >= 0;
     float p[P];
     const Moments<float> m = L::pos_row(at, a.pos, k, there, a.pos_eps, p);
     if (there) L::chunks(at, [&](int c, int column) {
@@ -56,14 +55,16 @@ MPVG_ROW_KERNEL pe_layer_norm_fwd_kernel(const __grid_constant__ NormForward a) 
       L::read(a.pos_weight, a.pos_weight.data, column, a.D, wp);
       if (a.pos_bias) L::read(a.pos_bias, a.pos_bias.data, column, a.D, bp);
 #pragma unroll
-      for (int e = 0; e < L::E; ++e) {
-        float& p_e = p[c * L::E + e];
-        p_e = fma(normalised(p_e, m), wp[e], bp[e]);
-        shift[c * L::E + e] += p_e;
-      }
-      if (slice == 0) L::write(a.pos_out, a.pos_out.row(0, k), column, a.D, p + c * L::E);
+      for (int e = 0; e < L::E; ++e) shift[c * L::E + e] = fma(normalised(p[c * L::E + e], m), wp[e], bp[e]);
+      if (slice == 0) L::write(a.pos_out, a.pos_out.row(0, k), column, a.D, shift + c * L::E);
     });
   }
+  if (a.bias) L::chunks(at, [&](int c, int column) {
+    float bias[L::E];
+    L::read(a.bias, a.bias.data, column, a.D, bias);
+#pragma unroll
+    for (int e = 0; e < L::E; ++e) shift[c * L::E + e] += bias[e];
+  });
   __syncthreads();
 
   char *y_row = a.y.row(b0, n), *h_row = a.h.row(b0, n);
@@ -122,7 +123,7 @@ struct NormBackward {
 };
 
 template <class T, int P>
-MPVG_ROW_KERNEL pe_layer_norm_bwd_kernel(const __grid_constant__ NormBackward a) {
+MPVG_ROW_KERNEL(T, P) pe_layer_norm_bwd_kernel(const __grid_constant__ NormBackward a) {
   using L = Layout<P, T::E, T::whole>;
   float* const w = reinterpret_cast<float*>(shared_memory());
   float* const exchange = w + padded(a.D);

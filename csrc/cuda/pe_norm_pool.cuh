@@ -23,7 +23,7 @@ struct PoolForward {
 };
 
 template <class T, int P>
-MPVG_ROW_KERNEL pe_norm_pool_fwd_kernel(const __grid_constant__ PoolForward a) {
+MPVG_ROW_KERNEL(T, P) pe_norm_pool_fwd_kernel(const __grid_constant__ PoolForward a) {
   using L = Layout<P, T::E, T::whole>;
   float* const exchange = reinterpret_cast<float*>(shared_memory());
   char* const ring = reinterpret_cast<char*>(exchange + kExchange);
@@ -131,7 +131,7 @@ struct PoolBackward {
 };
 
 template <class T, int P>
-MPVG_ROW_KERNEL pe_norm_pool_bwd_kernel(const __grid_constant__ PoolBackward a) {
+MPVG_ROW_KERNEL(T, P) pe_norm_pool_bwd_kernel(const __grid_constant__ PoolBackward a) {
   using L = Layout<P, T::E, T::whole>;
   float* const exchange = reinterpret_cast<float*>(shared_memory());
   char* memory = reinterpret_cast<char*>(exchange + kExchange);
@@ -209,13 +209,12 @@ struct PoolSums {
 };
 
 // A block does a strip of dw, db and dp', or the moments of a row of pos.
-MPVG_FINISH_KERNEL pe_norm_pool_sums_kernel(const __grid_constant__ PoolSums a) {
+static __global__ void __launch_bounds__(Rules::finish_threads, 1) pe_norm_pool_sums_kernel(const __grid_constant__ PoolSums a) {
   const int strips = (a.D + Rules::strip - 1) / Rules::strip;
   if (blockIdx.x < strips) {
     Strip at(blockIdx.x);
     float db = 0, dw = 0;
     if (at.column < a.D)
-#pragma unroll 4
       for (int64_t b = at.row; b < a.B; b += Rules::strip_rows) {
         const float dout = read_one(a.dout, a.dout.row(0, b), at.column);
         db += dout;

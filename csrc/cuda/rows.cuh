@@ -10,8 +10,8 @@
 
 namespace mpvg::cuda {
 
-// (most threads, blocks a multiprocessor) of __launch_bounds__: at most 128 registers a thread.
-#define MPVG_ROW_KERNEL __global__ void __launch_bounds__(Rules::most_threads, 2)
+// A multiprocessor has registers for so many threads of this kernel, and the compiler is to keep to that: no block has more.
+#define MPVG_ROW_KERNEL(types, per_lane) __global__ void __launch_bounds__(Rules::resident_threads(types::whole, per_lane), 1)
 
 // A block's dynamic shared memory, all there is: kernels use no static one.
 __device__ inline char* shared_memory() {
@@ -193,7 +193,8 @@ struct RowStream {
   // Takes its part of a stage of `memory`. Slots that will never be filled hold zeros.
   __device__ __forceinline__ RowStream(const RowGroup& at, const Operand& from, const char* first, int64_t step, char*& memory,
                                        int stage_bytes, int stages, bool live)
-      : from(from), next(first), step(step), slots(memory + threadIdx.x * Slot::slot_bytes), stage_bytes(stage_bytes) {
+      : from(from), next(first), step(step), slots(memory + (threadIdx.x / 32 * L::C * 32 + threadIdx.x % 32) * Slot::slot_bytes),
+        stage_bytes(stage_bytes) {
     if (!from) return;
     memory += bytes(blockDim.x);
 #pragma unroll
@@ -204,7 +205,7 @@ struct RowStream {
     }
   }
   __device__ __forceinline__ char* slot(int stage, int c) const {
-    return slots + stage * stage_bytes + c * int(blockDim.x) * Slot::slot_bytes;
+    return slots + stage * stage_bytes + c * 32 * Slot::slot_bytes;  // neighbours' slots are neighbours
   }
   __device__ __forceinline__ void fetch(const RowGroup& at, int stage) {
     L::chunks(at, [&](int c, int column) { Slot::fetch(from, slot(stage, c), next, column, at.D); });

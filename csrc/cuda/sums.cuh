@@ -6,7 +6,7 @@
 
 namespace mpvg::cuda {
 
-#define MPVG_FINISH_KERNEL __global__ void __launch_bounds__(Rules::finish_threads, 2)
+#define MPVG_FINISH_KERNEL static __global__ void __launch_bounds__(Rules::finish_threads, 2)
 
 // --- rows of any width: a block a row, each thread walks over columns threadIdx.x, + blockDim.x, ... ---
 
