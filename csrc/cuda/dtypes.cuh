@@ -38,8 +38,9 @@ struct Operand {
   bool vectors = false;
 
   Operand() = default;
-  Operand(const View& v)
-      : data(static_cast<char*>(v.data)), stride_b(v.stride_b * bytes(v.dtype)), stride_n(v.stride_n * bytes(v.dtype)), dtype(v.dtype) {
+  Operand(const View& v) : data(static_cast<char*>(v.data)), dtype(v.dtype) {
+    if (!data) return;  // absent, or an empty tensor: rows are pointed at all the same, but not read
+    stride_b = v.stride_b * bytes(v.dtype), stride_n = v.stride_n * bytes(v.dtype);
     const int64_t vector = 4 * bytes(v.dtype);
     vectors = reinterpret_cast<uintptr_t>(data) % vector == 0 && stride_b % vector == 0 && stride_n % vector == 0;
   }

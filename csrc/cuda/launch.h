@@ -117,15 +117,17 @@ struct Occupancy {
   int stages;
   size_t shared_bytes;
   int64_t wave;
+  bool fits;  // else the device has too little for rows of this width: the loops are for it
 
   Occupancy(const RowTile& tile, size_t stage_bytes, size_t fixed_bytes) {
     const Device& device = Device::current();
     const int64_t blocks = std::max(1, tile.resident_threads / tile.threads), reserved = 1 << 10;  // CUDA takes 1 KB a block
-    const auto fits = [&](int64_t n, int64_t limit) { return int64_t(fixed_bytes + n * stage_bytes) <= limit; };
+    const auto fits_in = [&](int64_t n, int64_t limit) { return int64_t(fixed_bytes + n * stage_bytes) <= limit; };
     stages = Rules::most_stages;
-    while (stages > 2 && !fits(stages, device.shared_per_multiprocessor / blocks - reserved)) --stages;
-    while (stages > 1 && !fits(stages, device.shared_per_block)) --stages;
+    while (stages > 2 && !fits_in(stages, device.shared_per_multiprocessor / blocks - reserved)) --stages;
+    while (stages > 1 && !fits_in(stages, device.shared_per_block)) --stages;
     shared_bytes = fixed_bytes + stages * stage_bytes;
+    fits = fits_in(1, device.shared_per_block);
     const int64_t fit = device.shared_per_multiprocessor / int64_t(shared_bytes + reserved);
     wave = device.multiprocessors * std::max<int64_t>(1, std::min(blocks, fit));
   }

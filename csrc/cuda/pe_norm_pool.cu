@@ -23,10 +23,8 @@ void pe_norm_pool_fwd(const Inputs& in, const PENormPoolOutputs& out, Scratch sc
   };
   const int64_t samples = B + (in.pos ? 1 : 0);
 
-  if (D > Rules::widest) {
-    take_memory();
-    launch("pe_norm_pool_fwd_loop", pe_norm_pool_fwd_loop_kernel, samples, Rules::finish_threads, kExchange * sizeof(float), stream, a);
-  } else {
+  bool launched = false;
+  if (D <= Rules::widest) {
     // There is no y to speak of: the narrowest mix that has x's and the branch's types.
     const Dtype y = in.branch ? in.branch.dtype : in.x.dtype;
     with_types(in.x.dtype, in.branch.dtype, y, D, {in.x, in.branch, out.h}, [&](auto types) {
@@ -37,14 +35,20 @@ void pe_norm_pool_fwd(const Inputs& in, const PENormPoolOutputs& out, Scratch sc
             RowStream<typename T::X, L>::bytes(tile.threads) + (in.branch ? RowStream<typename T::F, L>::bytes(tile.threads) : 0);
         const size_t fixed_bytes = kExchange * sizeof(float);
         const Occupancy fit(tile, stage_bytes, fixed_bytes);
+        if (!fit.fits) return;
         const Slices cut(ceil_div(N, tile.rows), samples, fit.wave, Rules::most_chunks);
         chunks = cut.slices;
         a.share = {tile.lanes, int(chunks), int(cut.length), fit.stages, stage_bytes};
         take_memory();
         const size_t shared = std::max(fit.shared_bytes, fixed_bytes + tile.rows * padded(int(D)) * sizeof(float));
         launch("pe_norm_pool_fwd", pe_norm_pool_fwd_kernel<T, per_lane>, samples * chunks, tile.threads, shared, stream, a);
+        launched = true;
       });
     });
+  }
+  if (!launched) {
+    take_memory();
+    launch("pe_norm_pool_fwd_loop", pe_norm_pool_fwd_loop_kernel, samples, Rules::finish_threads, kExchange * sizeof(float), stream, a);
   }
   const int threads = 128;
   const PoolOutput last{int(B), int(D), int(chunks), a.partial, a.pos_partial, in.weight, in.bias, in.pos_weight, in.pos_bias, out.out,
@@ -57,9 +61,8 @@ void pe_norm_pool_bwd(const Saved& in, View dout, View s, const Gradients& grad,
   if (grad.x || grad.branch) {
     PoolBackward a{int(B), int(N), int(D), int(prefix), {}, float(in.pos_eps), dout, in.h, in.scale, in.weight, grad.x, grad.branch,
                    static_cast<const float*>(in.stats.data)};
-    if (D > Rules::widest) {
-      launch("pe_norm_pool_bwd_loop", pe_norm_pool_bwd_loop_kernel, B, Rules::finish_threads, kExchange * sizeof(float), stream, a);
-    } else {
+    bool launched = false;
+    if (D <= Rules::widest) {
       const bool mixed = grad.x && grad.x.dtype != in.h.dtype;
       const Dtype y = grad.branch ? grad.branch.dtype : in.h.dtype;
       with_types(mixed ? Dtype::absent : in.h.dtype, grad.branch.dtype, y, D, {in.h, grad.x, grad.branch}, [&](auto types) {
@@ -68,12 +71,16 @@ void pe_norm_pool_bwd(const Saved& in, View dout, View s, const Gradients& grad,
           using L = Layout<per_lane, T::E, T::whole>;
           const int stage_bytes = RowStream<typename T::H, L>::bytes(tile.threads);
           const Occupancy fit(tile, stage_bytes, kExchange * sizeof(float));
+          if (!fit.fits) return;
           const Slices cut(ceil_div(N, tile.rows), B, fit.wave, N);
           a.share = {tile.lanes, int(cut.slices), int(cut.length), fit.stages, stage_bytes};
           launch("pe_norm_pool_bwd", pe_norm_pool_bwd_kernel<T, per_lane>, B * cut.slices, tile.threads, fit.shared_bytes, stream, a);
+          launched = true;
         });
       });
     }
+    if (!launched)
+      launch("pe_norm_pool_bwd_loop", pe_norm_pool_bwd_loop_kernel, B, Rules::finish_threads, kExchange * sizeof(float), stream, a);
   }
 
   const bool rows = grad.pos || grad.pos_weight;

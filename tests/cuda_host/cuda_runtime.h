@@ -60,7 +60,7 @@ uint64_t exchange(unsigned mask, uint64_t value, int source, Site);
 void copy_async(void* to, const void* from, size_t size, size_t zeros);
 void copy_commit();
 void copy_wait(size_t prior);
-[[noreturn]] void fail(const char* message, Site);
+void fail(const char* message, Site);  // does not come back (but is no [[noreturn]]: address sanitizer would look for the thread's stack)
 
 constexpr size_t kSharedBytes = 227 << 10;
 
