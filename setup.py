@@ -134,8 +134,8 @@ def missing_for_cuda() -> str | None:
         return f"{home}/bin/nvcc does not run ({error}); reinstall the CUDA toolkit"
     if version and version[1] != torch.version.cuda.split(".")[0]:
         return (
-            f"nvcc is of CUDA {version[1]}.{version[2]} and PyTorch of CUDA {torch.version.cuda}; install the toolkit of "
-            "PyTorch's major version, or set CUDA_HOME to it"
+            f"nvcc is of CUDA {version[1]}.{version[2]} and PyTorch of CUDA {torch.version.cuda}; install the toolkit "
+            "of PyTorch's major version, or set CUDA_HOME to it"
         )
     for name in asked:
         number = re.fullmatch(r"(\d+)\.(\d)[af]?(\+PTX)?", name)
@@ -144,8 +144,11 @@ def missing_for_cuda() -> str | None:
         if int(number[1]) < 8:
             return f"TORCH_CUDA_ARCH_LIST names {name}: the kernels need compute capability 8.0 or later"
         if number[1] + number[2] not in known:
-            newest = "{}.{}".format(known[-1][:-1], known[-1][-1])
-            return f"nvcc in {home} does not know compute capability {name} (it knows up to {newest}); update the toolkit"
+            newest = max(known, key=int)
+            newest = f"{newest[:-1]}.{newest[-1]}"
+            return (
+                f"nvcc in {home} does not know compute capability {name} (it knows up to {newest}); update the toolkit"
+            )
     return None
 
 
