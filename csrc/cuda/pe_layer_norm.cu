@@ -54,7 +54,8 @@ void pe_layer_norm_bwd(const Saved& in, View dy, View dh, View dpos_out, const G
       using T = decltype(types);
       with_tile<T>(D, [&](auto per_lane, const RowTile& tile) {
         using L = Layout<per_lane, T::E, T::whole>;
-        const int stage_bytes = RowStream<typename T::Y, L>::bytes(tile.threads) + (dh ? 2 : 1) * RowStream<typename T::H, L>::bytes(tile.threads);
+        const int stage_bytes =
+            RowStream<typename T::Y, L>::bytes(tile.threads) + (dh ? 2 : 1) * RowStream<typename T::H, L>::bytes(tile.threads);
         const size_t fixed_bytes = (padded(int(D)) + kExchange) * sizeof(float);
         const Occupancy fit(tile, stage_bytes, fixed_bytes);
         if (!fit.fits) return;

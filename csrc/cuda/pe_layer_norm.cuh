@@ -31,12 +31,12 @@ MPVG_ROW_KERNEL(T, P) pe_layer_norm_fwd_kernel(const __grid_constant__ NormForwa
   const int b0 = slice * a.share.samples, b1 = min(a.B, b0 + a.share.samples);
   const bool live = n < a.N;
 
-  RowStream<typename T::X, L> x(at, a.x, a.x.row(b0, n), a.x.stride_b, ring, a.share.stage_bytes, a.share.stages, live);
-  RowStream<typename T::F, L> f(at, a.branch, a.branch.row(b0, n), a.branch.stride_b, ring, a.share.stage_bytes, a.share.stages, live);
+  RowStream<typename T::X, L> x(at, a.x, ring, a.share.stage_bytes, a.share.stages, live);
+  RowStream<typename T::F, L> f(at, a.branch, ring, a.share.stage_bytes, a.share.stages, live);
   const auto fetch = [&](int b, int stage) {
     if (live && b < b1) {
-      x.fetch(at, stage);
-      if (a.branch) f.fetch(at, stage);
+      x.fetch(at, stage, a.x.row(b, n));
+      if (a.branch) f.fetch(at, stage, a.branch.row(b, n));
     }
     __pipeline_commit();
   };
@@ -67,7 +67,6 @@ MPVG_ROW_KERNEL(T, P) pe_layer_norm_fwd_kernel(const __grid_constant__ NormForwa
   });
   __syncthreads();
 
-  char *y_row = a.y.row(b0, n), *h_row = a.h.row(b0, n);
   float s = 1, next_s = a.scale && b0 < b1 ? read_one(a.scale, a.scale.data, b0) : 1.0f;
   for (int b = b0, stage = 0; b < b1; ++b, stage = stage + 1 == a.share.stages ? 0 : stage + 1) {
     s = next_s;
@@ -82,7 +81,7 @@ MPVG_ROW_KERNEL(T, P) pe_layer_norm_fwd_kernel(const __grid_constant__ NormForwa
         f.read(stage, c, branch);
 #pragma unroll
         for (int e = 0; e < L::E; ++e) v[e] = Storage<typename T::H, L::E>::rounded(a.h, fma(s, branch[e], v[e]));
-        if (live && a.h) Storage<typename T::H, L::E>::write(a.h, h_row, column, a.D, v);
+        if (live && a.h) Storage<typename T::H, L::E>::write(a.h, a.h.row(b, n), column, a.D, v);
       }
 #pragma unroll
       for (int e = 0; e < L::E; ++e) h[c * L::E + e] = v[e];
@@ -97,7 +96,7 @@ MPVG_ROW_KERNEL(T, P) pe_layer_norm_fwd_kernel(const __grid_constant__ NormForwa
         L::shared_chunk(w, column, a.D, v);
 #pragma unroll
         for (int e = 0; e < L::E; ++e) v[e] = fma(normalised(h[c * L::E + e], m), v[e], shift[c * L::E + e]);
-        Storage<typename T::Y, L::E>::write(a.y, y_row, column, a.D, v);
+        Storage<typename T::Y, L::E>::write(a.y, a.y.row(b, n), column, a.D, v);
       });
       if (a.stats && at.lane == 0) {
         const int64_t row = int64_t(b) * a.N + n;
@@ -105,8 +104,6 @@ MPVG_ROW_KERNEL(T, P) pe_layer_norm_fwd_kernel(const __grid_constant__ NormForwa
         a.stats[int64_t(a.B) * a.N + row] = m.rstd;
       }
     }
-    y_row += a.y.stride_b;
-    h_row += a.h.stride_b;
   }
 }
 
@@ -134,14 +131,14 @@ MPVG_ROW_KERNEL(T, P) pe_layer_norm_bwd_kernel(const __grid_constant__ NormBackw
   const int b0 = slice * a.share.samples, b1 = min(a.B, b0 + a.share.samples);
   const bool live = n < a.N;
 
-  RowStream<typename T::Y, L> dy(at, a.dy, a.dy.row(b0, n), a.dy.stride_b, memory, a.share.stage_bytes, a.share.stages, live);
-  RowStream<typename T::H, L> h(at, a.h, a.h.row(b0, n), a.h.stride_b, memory, a.share.stage_bytes, a.share.stages, live);
-  RowStream<typename T::H, L> dh(at, a.dh, a.dh.row(b0, n), a.dh.stride_b, memory, a.share.stage_bytes, a.share.stages, live);
+  RowStream<typename T::Y, L> dy(at, a.dy, memory, a.share.stage_bytes, a.share.stages, live);
+  RowStream<typename T::H, L> h(at, a.h, memory, a.share.stage_bytes, a.share.stages, live);
+  RowStream<typename T::H, L> dh(at, a.dh, memory, a.share.stage_bytes, a.share.stages, live);
   const auto fetch = [&](int b, int stage) {
     if (live && b < b1) {
-      dy.fetch(at, stage);
-      h.fetch(at, stage);
-      if (a.dh) dh.fetch(at, stage);
+      dy.fetch(at, stage, a.dy.row(b, n));
+      h.fetch(at, stage, a.h.row(b, n));
+      if (a.dh) dh.fetch(at, stage, a.dh.row(b, n));
     }
     __pipeline_commit();
   };
@@ -158,15 +155,12 @@ MPVG_ROW_KERNEL(T, P) pe_layer_norm_bwd_kernel(const __grid_constant__ NormBackw
   __syncthreads();
 
   float sum_dy[P] = {}, sum_dy_hhat[P] = {};
-  const int64_t rows = int64_t(a.B) * a.N;
-  const float* stats = a.stats + (int64_t(b0) * a.N + n);
-  char *dx_row = a.dx.row(b0, n), *df_row = a.dbranch.row(b0, n);
   // A row's m1, rstd and scale are read one sample ahead.
   float m1 = 0, rstd = 0, s = 1;
   const auto look_ahead = [&](int b) {
     if (!live || b >= b1) return;
-    m1 = stats[0], rstd = stats[rows];
-    stats += a.N;
+    const float* const stats = a.stats + int64_t(b) * a.N + n;
+    m1 = stats[0], rstd = stats[int64_t(a.B) * a.N];
     if (a.scale) s = read_one(a.scale, a.scale.data, b);
   };
   look_ahead(b0);
@@ -210,16 +204,14 @@ MPVG_ROW_KERNEL(T, P) pe_layer_norm_bwd_kernel(const __grid_constant__ NormBackw
 #pragma unroll
         for (int e = 0; e < L::E; ++e) grad[e] += h_c[e];
       }
-      if (a.dx) Storage<typename T::X, L::E>::write(a.dx, dx_row, column, a.D, grad);
+      if (a.dx) Storage<typename T::X, L::E>::write(a.dx, a.dx.row(b, n), column, a.D, grad);
       if (a.dbranch) {
 #pragma unroll
         for (int e = 0; e < L::E; ++e) grad[e] *= scale;
-        Storage<typename T::F, L::E>::write(a.dbranch, df_row, column, a.D, grad);
+        Storage<typename T::F, L::E>::write(a.dbranch, a.dbranch.row(b, n), column, a.D, grad);
       }
     });
     fetch(b + a.share.stages, stage);
-    dx_row += a.dx.stride_b;
-    df_row += a.dbranch.stride_b;
   }
 
   float* const shared = reinterpret_cast<float*>(ring);  // nothing is under way to there any more: the last groups were empty

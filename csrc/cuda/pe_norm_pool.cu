@@ -16,7 +16,8 @@ void pe_norm_pool_fwd(const Inputs& in, const PENormPoolOutputs& out, Scratch sc
     Pieces pieces;
     float* const s = static_cast<float*>(out.s.data);
     const bool direct = s && chunks == 1;  // a single chunk's partial sum is s
-    const int64_t partial_at = pieces.add(direct ? 0 : B * chunks * D, sizeof(float)), pos_at = pieces.add(in.pos ? chunks * D : 0, sizeof(float));
+    const int64_t partial_at = pieces.add(direct ? 0 : B * chunks * D, sizeof(float));
+    const int64_t pos_at = pieces.add(in.pos ? chunks * D : 0, sizeof(float));
     pieces.take(scratch);
     a.partial = direct ? s : pieces.at<float>(partial_at);
     if (in.pos) a.pos_partial = pieces.at<float>(pos_at);
@@ -95,7 +96,8 @@ void pe_norm_pool_bwd(const Saved& in, View dout, View s, const Gradients& grad,
   launch("pe_norm_pool_sums", pe_norm_pool_sums_kernel, ceil_div(D, Rules::strip) + (rows ? K : 0), Rules::finish_threads,
          Rules::finish_threads * sizeof(float), stream, sums);
   // dp' is the same row for every token: one slice, and a step of 0 from row to row.
-  if (rows) finish({int(D), int(K), 0, 1, dp, 0, 0, moments, {}, in.pos, in.pos_weight, {}, grad.pos, grad.pos_weight, {}, {}, false}, stream);
+  const Finish last{int(D), int(K), 0, 1, dp, 0, 0, moments, {}, in.pos, in.pos_weight, {}, grad.pos, grad.pos_weight, {}, {}, false};
+  if (rows) finish(last, stream);
 }
 
 }  // namespace mpvg::cuda

@@ -46,14 +46,17 @@ MPVG_ROW_KERNEL(T, P) pe_norm_pool_fwd_kernel(const __grid_constant__ PoolForwar
   }
 
   const bool live = n0 < a.N;  // else this group has no row at all
-  RowStream<typename T::X, L> x(at, a.x, a.x.row(b, n0), rows * a.x.stride_n, memory, a.share.stage_bytes, a.share.stages, live);
-  RowStream<typename T::F, L> f(at, a.branch, a.branch.row(b, n0), rows * a.branch.stride_n, memory, a.share.stage_bytes, a.share.stages,
+  RowStream<typename T::X, L> x(at, a.x, memory, a.share.stage_bytes, a.share.stages, live);
+  RowStream<typename T::F, L> f(at, a.branch, memory, a.share.stage_bytes, a.share.stages,
                                 live);
+  const char *x_row = a.x.row(b, n0), *f_row = a.branch.row(b, n0);  // to be fetched next
   const auto fetch = [&](int i, int stage) {
     if (i < a.share.samples && n0 + i * rows < a.N) {
-      x.fetch(at, stage);
-      if (a.branch) f.fetch(at, stage);
+      x.fetch(at, stage, x_row);
+      if (a.branch) f.fetch(at, stage, f_row);
     }
+    x_row += rows * a.x.stride_n;
+    f_row += rows * a.branch.stride_n;
     __pipeline_commit();
   };
   for (int stage = 0; stage < a.share.stages; ++stage) fetch(stage, stage);
@@ -139,9 +142,11 @@ MPVG_ROW_KERNEL(T, P) pe_norm_pool_bwd_kernel(const __grid_constant__ PoolBackwa
   const int rows = blockDim.x / at.lanes;
   const int b = blockIdx.x / a.share.tiles, chunk = blockIdx.x % a.share.tiles, n0 = chunk * a.share.samples * rows + at.row;
 
-  RowStream<typename T::H, L> h(at, a.h, a.h.row(b, n0), rows * a.h.stride_n, memory, a.share.stage_bytes, a.share.stages, n0 < a.N);
+  RowStream<typename T::H, L> h(at, a.h, memory, a.share.stage_bytes, a.share.stages, n0 < a.N);
+  const char* h_row = a.h.row(b, n0);  // to be fetched next
   const auto fetch = [&](int i, int stage) {
-    if (i < a.share.samples && n0 + i * rows < a.N) h.fetch(at, stage);
+    if (i < a.share.samples && n0 + i * rows < a.N) h.fetch(at, stage, h_row);
+    h_row += rows * a.h.stride_n;
     __pipeline_commit();
   };
   for (int stage = 0; stage < a.share.stages; ++stage) fetch(stage, stage);

@@ -177,13 +177,11 @@ __device__ __forceinline__ void wait_for_oldest(int stages) {
 }
 static_assert(Rules::most_stages == 4, "wait_for_oldest knows four");
 
-// One tensor's rows on their way: this thread's slots for them, stage by stage, and the row to be fetched next.
+// One tensor's rows on their way: this thread's slots for them, stage by stage.
 template <class T, class L>
 struct RowStream {
   using Slot = Storage<T, L::E>;
   const Operand& from;
-  const char* next;
-  int64_t step;
   char* slots;
   int stage_bytes;
 
@@ -191,9 +189,8 @@ struct RowStream {
   MPVG_HD static constexpr int bytes(int threads) { return threads * L::C * Slot::slot_bytes; }
 
   // Takes its part of a stage of `memory`. Slots that will never be filled hold zeros.
-  __device__ __forceinline__ RowStream(const RowGroup& at, const Operand& from, const char* first, int64_t step, char*& memory,
-                                       int stage_bytes, int stages, bool live)
-      : from(from), next(first), step(step), slots(memory + (threadIdx.x / 32 * L::C * 32 + threadIdx.x % 32) * Slot::slot_bytes),
+  __device__ __forceinline__ RowStream(const RowGroup& at, const Operand& from, char*& memory, int stage_bytes, int stages, bool live)
+      : from(from), slots(memory + (threadIdx.x / 32 * L::C * 32 + threadIdx.x % 32) * Slot::slot_bytes),
         stage_bytes(stage_bytes) {
     if (!from) return;
     memory += bytes(blockDim.x);
@@ -207,9 +204,8 @@ struct RowStream {
   __device__ __forceinline__ char* slot(int stage, int c) const {
     return slots + stage * stage_bytes + c * 32 * Slot::slot_bytes;  // neighbours' slots are neighbours
   }
-  __device__ __forceinline__ void fetch(const RowGroup& at, int stage) {
-    L::chunks(at, [&](int c, int column) { Slot::fetch(from, slot(stage, c), next, column, at.D); });
-    next += step;
+  __device__ __forceinline__ void fetch(const RowGroup& at, int stage, const char* row) const {
+    L::chunks(at, [&](int c, int column) { Slot::fetch(from, slot(stage, c), row, column, at.D); });
   }
   __device__ __forceinline__ void read(int stage, int c, float (&v)[L::E]) const { Slot::read(slot(stage, c), v); }
 };

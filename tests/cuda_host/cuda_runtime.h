@@ -53,9 +53,12 @@ struct Properties {
 };
 inline Properties device;
 
+// Set: launches are told to this function and not run.
+inline void (*instead_of_running)(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes) = nullptr;
+
 void run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& thread);
 void barrier(Site);
-// Waits for the lanes of `mask` and gives back the value that lane `source` brought. `source` -1: a bit for each lane's value that is not 0.
+// Waits for the lanes of `mask` and gives back the value that lane `source` brought; with `source` -1 a bit for each value that is not 0.
 uint64_t exchange(unsigned mask, uint64_t value, int source, Site);
 void copy_async(void* to, const void* from, size_t size, size_t zeros);
 void copy_commit();
@@ -167,6 +170,9 @@ template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), Arguments&&... arguments) {
   if (config->gridDim.x == 0 || config->blockDim.x == 0 || config->blockDim.x > 1024) return cudaErrorInvalidConfiguration;
   if (config->dynamicSmemBytes > size_t(cuda_host::device.shared_per_block)) return cudaErrorInvalidConfiguration;
-  cuda_host::run(config->gridDim, config->blockDim, config->dynamicSmemBytes, [&] { kernel(arguments...); });
+  if (cuda_host::instead_of_running)
+    cuda_host::instead_of_running(reinterpret_cast<const void*>(kernel), config->gridDim, config->blockDim, config->dynamicSmemBytes);
+  else
+    cuda_host::run(config->gridDim, config->blockDim, config->dynamicSmemBytes, [&] { kernel(arguments...); });
   return cudaSuccess;
 }

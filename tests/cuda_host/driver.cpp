@@ -1,5 +1,5 @@
-// For tests: runs every CUDA kernel on the host, without torch, on odd shapes, strides and dtypes; test_sanitizers.py compiles it with address
-// and undefined-behaviour sanitizers. Tensors are allocated to the byte, so that a step outside of one is seen.
+// For tests: runs every CUDA kernel on the host, without torch, on odd shapes, strides and dtypes; test_sanitizers.py compiles it with
+// address and undefined-behaviour sanitizers. Tensors are allocated to the byte, so that a step outside of one is seen.
 //
 // Each call is made twice, with the threads in another order: results must be the same bits, and no result may be left unwritten (results
 // start as NaN patterns; inputs are such that no NaN comes out). Prints "ok" at the end.
