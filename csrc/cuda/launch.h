@@ -23,12 +23,12 @@ struct Rules {
   // each operator's .cuh.
   static constexpr int most_threads = 256;
   static constexpr int widest = 8192;
-  // With 40 elements a lane (1280 columns) registers allow 320 threads a multiprocessor: five blocks of 64, but only two of 128.
+  // With 40 elements a lane (1280 columns) there are two rows a block: registers allow 256 threads, as four blocks rather than two.
   static constexpr int threads_of_40 = 64;
-  // Threads of one multiprocessor by the registers that a row kernel gets, so that none spills: 128, 168 and 204 each for 24, 32 and 40
-  // elements a lane, all 255 for types that are looked up. Grids are cut to one wave of them.
+  // Threads of one multiprocessor by the registers that a row kernel gets, so that none spills: 128 and 168 each for 24 and 32 elements a
+  // lane, all 255 (that is 8 warps, as 9 to 12 get 168) for 40 and for types that are looked up. Grids are cut to one wave of them.
   static constexpr int resident_threads(bool whole_chunks, int per_lane) {
-    return !whole_chunks ? 256 : per_lane == 24 ? 512 : per_lane == 32 ? 384 : 320;
+    return !whole_chunks || per_lane == 40 ? 256 : per_lane == 24 ? 512 : 384;
   }
   // Rows in flight for each row in work. Bandwidth times latency is 16 to 32 KB a multiprocessor on H100 (3.3 TB/s, 0.6 to 1.2 us); 512
   // threads x 48 bytes (24 elements of bf16) x 3 rows under way are 72 KB. More would only take shared memory from other blocks.
