@@ -7,8 +7,10 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <set>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #include "../cpu/kernels.h"
 
@@ -42,6 +44,8 @@ struct Rules {
   static constexpr int64_t cached_partial_bytes = 4 << 20;
   // Chunks of a sample's tokens in the pool's forward: its second stage adds them up one by one.
   static constexpr int64_t most_chunks = 32;
+  // Kernels with no more shared memory than this a block (the finishing ones) leave the L1 cache as large as it is.
+  static constexpr size_t little_shared = 8 << 10;
   // The finishing kernels: a strip of 8 columns is one 32-byte sector of a row of fp32, the least that memory moves, for as many blocks as
   // possible; 64 threads walk down each column, so that 49 to 196 rows (times slices) are few steps of latency.
   static constexpr int strip = 8, strip_rows = 64, finish_threads = strip * strip_rows;
@@ -71,14 +75,23 @@ struct Device {
   }
 };
 
+// Lets a kernel have all the shared memory that the device has, once a kernel, device and thread: more than 48 KB it has to ask for, and
+// left to itself the driver may give most of the memory to the L1 cache, which rows on their way do not go through.
+inline cudaError_t allow_shared_memory(const void* kernel) {
+  static thread_local std::set<std::pair<const void*, int>> known;
+  const Device& device = Device::current();
+  if (!known.insert({kernel, device.index}).second) return cudaSuccess;
+  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_per_block);
+  return error ? error : cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, 100);
+}
+
 // The one way to start a kernel. An empty grid (an empty tensor) is no launch.
 template <class... Parameters>
 void launch(const char* name, void (*kernel)(Parameters...), int64_t blocks, int threads, size_t shared_bytes, cudaStream_t stream,
             const Parameters&... arguments) {
   if (blocks == 0) return;
   cudaError_t error = blocks > 0x7fffffff ? cudaErrorInvalidConfiguration : cudaSuccess;
-  if (error == cudaSuccess && shared_bytes > 48 << 10)  // more than that a kernel has to ask for
-    error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes));
+  if (error == cudaSuccess && shared_bytes > Rules::little_shared) error = allow_shared_memory(reinterpret_cast<const void*>(kernel));
   if (error == cudaSuccess) {
     cudaLaunchConfig_t config = {};
     config.gridDim = dim3(unsigned(blocks));
@@ -98,7 +111,7 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // How rows of D elements lie over a block's threads: `lanes` threads a row, a power of two, each with `per_lane` elements in registers.
 // 24, 32 and 40 times a power of two are the widths of every common ViT (192, 384, 768; 256, 512, 1024; 1280), so that no lane idles; other
-// widths leave a fifth of the lanes idle at worst, a quarter for `any`, which is compiled for 32 alone.
+// widths leave a quarter of the lanes idle at worst (half of them for `any`, which is compiled for 32 alone).
 struct RowTile {
   int per_lane, lanes, rows, threads, resident_threads;
 

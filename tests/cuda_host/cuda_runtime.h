@@ -142,7 +142,7 @@ enum cudaDeviceAttr {
   cudaDevAttrMaxSharedMemoryPerMultiprocessor,
   cudaDevAttrMaxSharedMemoryPerBlockOptin
 };
-enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize, cudaFuncAttributePreferredSharedMemoryCarveout };
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
   size_t dynamicSmemBytes = 0;
@@ -162,8 +162,9 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr what, int) 
            : what == cudaDevAttrMaxSharedMemoryPerMultiprocessor ? d.shared_per_multiprocessor : d.shared_per_block;
   return cudaSuccess;
 }
-inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int value) {
-  return value > cuda_host::device.shared_per_block ? cudaErrorInvalidConfiguration : cudaSuccess;
+inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute what, int value) {
+  const int most = what == cudaFuncAttributeMaxDynamicSharedMemorySize ? cuda_host::device.shared_per_block : 100;
+  return value > most ? cudaErrorInvalidConfiguration : cudaSuccess;
 }
 
 template <class... Parameters, class... Arguments>
