@@ -1,17 +1,22 @@
-"""Builds the C++ extensions; everything else about the package is in pyproject.toml.
+"""Builds the C++ and CUDA extensions; everything else about the package is in pyproject.toml.
 
 MPVG_BUILD says what is compiled:
 
-    auto  (default) the CPU extension where a C++ compiler works; else a line says why and the package installs without
+    auto  (default) the CPU extension where a C++ compiler works; the CUDA extension where there is nvcc besides, and
+          either a GPU or TORCH_CUDA_ARCH_LIST ("8.0;9.0+PTX"). What is left out is said in a line
     none  nothing: the package then runs on its `reference` backend (and on Triton on a GPU)
     cpu   the CPU extension, or an error
-    cuda  the CUDA extension, or an error
+    cuda  both extensions, or an error
 
-The extensions use PyTorch's stable ABI: one binary serves every PyTorch from 2.11 and every Python from 3.10. PyTorch
-must be installed before, hence `pip install --no-build-isolation -e .`: an isolated build would bring a second PyTorch.
+nvcc is found by CUDA_HOME, else on the PATH. The extensions use PyTorch's stable ABI: one binary serves every PyTorch
+from 2.11 and every Python from 3.10. PyTorch must be installed before, hence `pip install --no-build-isolation -e .`:
+an isolated build would bring a second PyTorch.
 """
 
+import functools
 import os
+import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -75,53 +80,161 @@ def missing_for_cpu() -> str | None:
     return None
 
 
+@functools.cache
+def cuda_home() -> str | None:
+    """The CUDA toolkit's folder: CUDA_HOME, else that of the nvcc on the PATH; None if there is neither."""
+    named = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    if named:
+        return named
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        return "/usr/local/cuda" if Path("/usr/local/cuda/bin/nvcc").exists() else None
+    # It may be a link or a script that calls the real one, which knows where it is.
+    dry = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True)
+    top = re.search(r"^#\$ TOP=(.+)$", dry.stderr, re.MULTILINE)
+    return os.path.realpath(top[1] if top else Path(nvcc).resolve().parents[1])
+
+
+def nvcc_says(option: str) -> str:
+    """What nvcc prints for an option."""
+    return subprocess.run([Path(cuda_home(), "bin/nvcc"), option], capture_output=True, text=True, check=True).stdout
+
+
+def architectures() -> list[str]:
+    """What the CUDA extension is compiled for: TORCH_CUDA_ARCH_LIST, else the GPUs' own compute capabilities."""
+    named = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(",", ";").replace(" ", ";")
+    if named.strip(";"):
+        return [name for name in named.split(";") if name]
+    import torch
+
+    found = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+    return ["{}.{}".format(*capability) for capability in sorted(found)]
+
+
+def missing_for_cuda() -> str | None:
+    """What keeps the CUDA extension from being built, in words; None if nothing does."""
+    missing = missing_for_cpu()  # nvcc needs a C++ compiler too
+    if missing:
+        return missing
+    import torch
+
+    if torch.version.cuda is None:
+        return f"PyTorch {torch.__version__} is built without CUDA; install a build with CUDA, then install again"
+    home = cuda_home()
+    if home is None:
+        return f"no nvcc: install the CUDA toolkit {torch.version.cuda}, or set CUDA_HOME to the folder with bin/nvcc"
+    if not Path(home, "bin/nvcc").exists():
+        return f"no nvcc in {home}/bin: set CUDA_HOME to the CUDA toolkit's folder"
+    asked = architectures()
+    if not asked:
+        return "no GPU is visible and TORCH_CUDA_ARCH_LIST is not set; set it to what to compile for, 8.0;9.0 say"
+    try:
+        version = re.search(r"release (\d+)\.(\d+)", nvcc_says("--version"))
+        known = re.findall(r"compute_(\d+)", nvcc_says("--list-gpu-arch"))
+    except (OSError, subprocess.CalledProcessError) as error:
+        return f"{home}/bin/nvcc does not run ({error}); reinstall the CUDA toolkit"
+    if version and version[1] != torch.version.cuda.split(".")[0]:
+        return (
+            f"nvcc is of CUDA {version[1]}.{version[2]} and PyTorch of CUDA {torch.version.cuda}; install the toolkit "
+            "of PyTorch's major version, or set CUDA_HOME to it"
+        )
+    for name in asked:
+        number = re.fullmatch(r"(\d+)\.(\d)[af]?(\+PTX)?", name)
+        if number is None:
+            return f"TORCH_CUDA_ARCH_LIST names {name!r}: expected compute capabilities such as 8.0;9.0+PTX"
+        if int(number[1]) < 8:
+            return f"TORCH_CUDA_ARCH_LIST names {name}: the kernels need compute capability 8.0 or later"
+        if number[1] + number[2] not in known:
+            newest = max(known, key=int)
+            newest = f"{newest[:-1]}.{newest[-1]}"
+            return (
+                f"nvcc in {home} does not know compute capability {name} (it knows up to {newest}); update the toolkit"
+            )
+    return None
+
+
+def cuda_flags() -> list[str]:
+    """nvcc's flags; with -gencode of our own torch adds none."""
+    flags = [
+        "-O3",
+        "-std=c++17",
+        "-Xcompiler=-fvisibility=hidden",
+        "-DUSE_CUDA",
+        *(flag for flag in CXX_FLAGS if flag.startswith("-DTORCH")),
+    ]
+    for name in architectures():
+        number = name.partition("+")[0].replace(".", "")
+        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+        if name.endswith("+PTX"):
+            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+    return flags
+
+
 def extensions() -> list:
     """The extensions to build. An explicit choice that can't be met is an error; `auto` says so and goes on."""
     chosen = choice()
     if chosen == "none":
         return []
-    if chosen == "cuda":
-        raise SystemExit(
-            "MPVG_BUILD=cuda: this version has no CUDA C++ sources yet; use auto or cpu (Triton serves GPUs)"
+    if cuda_home():  # before torch.utils.cpp_extension is imported, which guesses by the PATH
+        os.environ["CUDA_HOME"] = cuda_home()
+    missing = {"C++ CPU": missing_for_cpu()}
+    if chosen != "cpu":
+        missing["CUDA"] = missing_for_cuda()
+    for kernels, what in missing.items():
+        if what and chosen != "auto":
+            raise SystemExit(f"MPVG_BUILD={chosen}: {what}")
+        if what:
+            print(f"mpvg_kernels: installing without the {kernels} kernels: {what}", file=sys.stderr)
+
+    def files(*patterns: str) -> list[str]:
+        return sorted(p.relative_to(ROOT).as_posix() for pattern in patterns for p in (ROOT / "csrc").glob(pattern))
+
+    modules = []
+    if not missing["C++ CPU"]:
+        from torch.utils.cpp_extension import CppExtension
+
+        modules.append(
+            CppExtension(
+                "mpvg_kernels._cpu",
+                files("registration.cpp", "cpu/*.cpp"),
+                depends=files("*.h", "cpu/*.h"),
+                extra_compile_args={"cxx": CXX_FLAGS},
+                py_limited_api=True,
+            )
         )
-    missing = missing_for_cpu()
-    if missing and chosen == "cpu":
-        raise SystemExit(f"MPVG_BUILD=cpu: {missing}")
-    if missing:
-        print(f"mpvg_kernels: installing without the C++ CPU kernels: {missing}", file=sys.stderr)
-        return []
-    from torch.utils.cpp_extension import CppExtension
+    if "CUDA" in missing and not missing["CUDA"]:
+        from torch.utils.cpp_extension import CUDAExtension
 
-    sources = [
-        "csrc/registration.cpp",
-        *sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "csrc/cpu").glob("*.cpp")),
-    ]
-    headers = sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "csrc").rglob("*.h"))
-    return [
-        CppExtension(
-            "mpvg_kernels._cpu",
-            sources,
-            depends=headers,
-            extra_compile_args={"cxx": CXX_FLAGS},
-            py_limited_api=True,
+        named = f'-DMPVG_CUDA_ARCHITECTURES="{" ".join(architectures())}"'
+        modules.append(
+            CUDAExtension(
+                "mpvg_kernels._cuda",
+                files("cuda/*.cpp", "cuda/*.cu"),
+                depends=files("*.h", "cpu/*.h", "cuda/*.h", "cuda/*.cuh"),
+                extra_compile_args={"cxx": [*CXX_FLAGS, "-DUSE_CUDA", named], "nvcc": cuda_flags()},
+                py_limited_api=True,
+            )
         )
-    ]
+    for module in modules:
+        module.optional = chosen == "auto"
+    return modules
 
 
-def build_ext(required: bool) -> type:
+def build_ext() -> type:
     """torch's build command. What fails to compile fails the install only if it was asked for."""
     from torch.utils.cpp_extension import BuildExtension
 
     class Build(BuildExtension):
-        def run(self) -> None:
+        def build_extension(self, ext) -> None:
+            # A place of its own that lasts: ninja then compiles again only what has changed, also where pip builds in a
+            # temporary folder.
+            self.build_temp = str(ROOT / "build" / ext.name)
             try:
-                super().run()
+                super().build_extension(ext)
             except Exception as error:
-                if required:
+                if not ext.optional:
                     raise
-                print(
-                    f"mpvg_kernels: the C++ CPU kernels did not compile, installing without: {error}", file=sys.stderr
-                )
+                print(f"mpvg_kernels: {ext.name} did not compile, installing without: {error}", file=sys.stderr)
 
     return Build
 
@@ -130,6 +243,6 @@ if __name__ == "__main__":
     modules = extensions()
     setup(
         ext_modules=modules,
-        cmdclass={"build_ext": build_ext(required=choice() == "cpu")} if modules else {},
+        cmdclass={"build_ext": build_ext()} if modules else {},
         options={"bdist_wheel": {"py_limited_api": "cp310"}} if modules else {},
     )

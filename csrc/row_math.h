@@ -5,7 +5,7 @@
 // off again (and mean(c)^2 off mean(c^2)) costs one addition a term and holds where plain two-pass statistics do not.
 //
 // V is a scalar or a SIMD type with an fma(x, y, z) = x * y + z; T is its element. P is T, or a vector with an element for each of several
-// rows, whose root() the includer brings. The includer sets MPVG_ISA, the namespace: code compiled for different instruction sets must not share a symbol, or the linker
+// rows, whose square_root() the includer brings. The includer sets MPVG_ISA, the namespace: code compiled for different instruction sets must not share a symbol, or the linker
 // would be free to keep the one that the machine cannot run.
 #pragma once
 
@@ -28,15 +28,16 @@ MPVG_HD inline bool centred(T mean, T rstd, int64_t D) {
   return D > 1 && rstd > T(0) && (mean < T(0) ? -mean : mean) * rstd <= T(1);
 }
 
-MPVG_HD inline float root(float x) { return __builtin_sqrtf(x); }
-MPVG_HD inline double root(double x) { return __builtin_sqrt(x); }
+// The correctly rounded root, in the type's own precision: a device has no cheap double.
+MPVG_HD inline float square_root(float x) { return __builtin_sqrtf(x); }
+MPVG_HD inline double square_root(double x) { return __builtin_sqrt(x); }
 
 // From m1, sum(c) and sum(c^2), with inv_D = 1 / D. A NaN must pass the clamp, hence "var < 0" and not max().
 template <class P, class T>
 MPVG_HD inline Moments<P> moments(P m1, P sum_c, P sum_cc, T inv_D, T eps) {
   const P m2 = sum_c * inv_D;
   const P var = sum_cc * inv_D - m2 * m2;
-  return {m1, m2, T(1) / root((var < T(0) ? P{} : var) + eps)};
+  return {m1, m2, T(1) / square_root((var < T(0) ? P{} : var) + eps)};
 }
 
 // vhat = (v - m1) * rstd - m2 * rstd

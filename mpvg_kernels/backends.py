@@ -70,7 +70,64 @@ def _probe_triton() -> Status:
 
 
 def _probe_cuda() -> Status:
-    return Status((), "the CUDA C++ kernels are not part of this version")
+    host = os.environ.get("MPVG_CUDA_HOST")
+    if host:
+        torch.ops.load_library(host)
+        return Status(("cpu",), "CUDA C++ kernels run on the CPU by the tests' header (slow; for tests)")
+    found = sorted(Path(__file__).parent.glob("_cuda*.so")) + sorted(Path(__file__).parent.glob("_cuda*.pyd"))
+    if not found:
+        return Status(
+            (), "the CUDA extension is not built; install the CUDA toolkit (nvcc) and reinstall with MPVG_BUILD=cuda"
+        )
+    if torch.version.cuda is None:
+        return Status((), f"this PyTorch {torch.__version__} is built without CUDA; install one with it")
+    if not torch.cuda.is_available():
+        return Status((), _why_no_gpu())
+    try:
+        torch.ops.load_library(found[0])
+    except OSError as error:
+        return Status((), f"{found[0].name} does not load ({error}); reinstall with MPVG_BUILD=cuda to rebuild it")
+    built = torch.ops.mpvg.cuda_architectures().split()
+    for index in range(torch.cuda.device_count()):
+        capability = torch.cuda.get_device_capability(index)
+        if not runs_on(built, capability):
+            needed = "{}.{}".format(*capability)
+            return Status(
+                (),
+                f"the CUDA extension is built for {', '.join(built)}, not for compute capability {needed} of "
+                f"{torch.cuda.get_device_name(index)}; reinstall with MPVG_BUILD=cuda TORCH_CUDA_ARCH_LIST={needed}",
+            )
+    return Status(("cuda",), f"CUDA C++ kernels, built for {', '.join(built)}")
+
+
+def _why_no_gpu() -> str:
+    """The reason why torch sees no GPU: the driver's, where there is one that is too old."""
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        first = str(error).splitlines()[0]
+        if "driver" in first.lower() and "too old" in first.lower():
+            return f"the NVIDIA driver is too old for PyTorch's CUDA {torch.version.cuda}; update it ({first})"
+    return "no CUDA GPU is visible; check nvidia-smi and CUDA_VISIBLE_DEVICES"
+
+
+def runs_on(built: list[str], capability: tuple[int, int]) -> bool:
+    """Whether code for these architectures ("8.0", "9.0+PTX", "9.0a") runs on a GPU of this compute capability.
+
+    Machine code runs within its major version, from its own minor version on, that of "9.0a" on 9.0 alone; PTX is
+    compiled by the driver, for its own version and every later one.
+    """
+    for architecture in built:
+        number, _, ptx = architecture.partition("+")
+        exact = number[-1:].isalpha()  # 9.0a; 10.0f is forward compatible in its family, and not counted on here
+        major, minor = (int(part) for part in number.rstrip("af").split("."))
+        if (major, minor) == capability:
+            return True
+        if not exact and major == capability[0] and minor <= capability[1]:
+            return True
+        if not exact and ptx and (major, minor) <= capability:
+            return True
+    return False
 
 
 _requested: str = os.environ.get("MPVG_BACKEND", "auto")

@@ -1,4 +1,4 @@
-"""Sets up every test run: Triton's interpreter where there is no GPU, and the backends and devices to test on."""
+"""Sets up every test run: GPU kernels on the CPU where there is no GPU, and the backends and devices to test on."""
 
 import os
 
@@ -9,15 +9,24 @@ HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
 
+import cuda_host_library  # noqa: E402
 import pytest  # noqa: E402
 
 import mpvg_kernels as mk  # noqa: E402
 from mpvg_kernels import backends  # noqa: E402
 
+# Before anything asks for the `cuda` backend: without a GPU its kernels are compiled for the CPU, and run by
+# tests/cuda_host.
+NO_CUDA_HOST = None if HAS_GPU else cuda_host_library.missing()
+if not HAS_GPU and not NO_CUDA_HOST:
+    os.environ["MPVG_CUDA_HOST"] = str(cuda_host_library.library())
+
 
 @pytest.fixture(params=backends.BACKENDS)
 def backend(request):
     """Each backend in turn, chosen for the length of the test; skipped with its reason where it can't run."""
+    if request.param == "cuda" and NO_CUDA_HOST:
+        pytest.skip(NO_CUDA_HOST)
     if request.param not in mk.available_backends():
         pytest.skip(f"{request.param}: {backends.status(request.param).reason}")
     with mk.use_backend(request.param):

@@ -48,12 +48,96 @@ def test_unknown_name():
     assert backends.requested() == "auto"
 
 
-def test_missing_backend_says_why():
+def test_missing_backend_says_why(monkeypatch):
     missing = [b for b in backends.BACKENDS if b not in mk.available_backends()]
-    assert missing
     for name in missing:
         with pytest.raises(mk.BackendUnavailableError, match=f"'{name}' is not available: .+"):
             mk.use_backend(name)
+    monkeypatch.setattr(backends, "status", lambda name: backends.Status((), "it is out of order"))
+    with pytest.raises(mk.BackendUnavailableError, match="'triton' is not available: it is out of order"):
+        mk.use_backend("triton")
+
+
+@pytest.fixture
+def cuda_extension(monkeypatch):
+    """A stand-in for a built `_cuda` extension and one GPU: cuda_extension(architectures, capability) -> its status."""
+    monkeypatch.delenv("MPVG_CUDA_HOST", raising=False)
+    monkeypatch.setattr(backends.Path, "glob", lambda *_: [backends.Path("_cuda.abi3.so")])
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+
+    def make(architectures: str, capability: tuple[int, int]) -> backends.Status:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "a GPU")
+        monkeypatch.setattr(torch.ops, "load_library", lambda path: None)
+        monkeypatch.setattr(torch.ops.mpvg, "cuda_architectures", lambda: architectures, raising=False)
+        return backends._probe_cuda()
+
+    return make
+
+
+def test_cuda_extension_with_code_for_the_gpu(cuda_extension):
+    status = cuda_extension("8.0 9.0+PTX", (9, 0))
+    assert status == backends.Status(("cuda",), "CUDA C++ kernels, built for 8.0, 9.0+PTX")
+
+
+def test_cuda_extension_without_code_for_the_gpu(cuda_extension):
+    devices, reason = cuda_extension("8.0 9.0", (12, 0))
+    assert not devices
+    assert "built for 8.0, 9.0, not for compute capability 12.0 of a GPU; reinstall with MPVG_BUILD=cuda" in reason
+    assert reason.endswith("TORCH_CUDA_ARCH_LIST=12.0")
+
+
+def test_cuda_extension_without_a_gpu(cuda_extension, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "init", lambda: None)
+    assert "no CUDA GPU is visible" in backends._probe_cuda().reason
+
+    def old_driver():
+        raise RuntimeError("The NVIDIA driver on your system is too old (found version 11040).\nPlease update.")
+
+    monkeypatch.setattr(torch.cuda, "init", old_driver)
+    assert "driver is too old for PyTorch's CUDA 13.0; update it (The NVIDIA" in backends._probe_cuda().reason
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert "built without CUDA" in backends._probe_cuda().reason
+
+
+def test_cuda_extension_that_does_not_load(cuda_extension, monkeypatch):
+    cuda_extension("8.0", (8, 0))
+
+    def fail(path):
+        raise OSError("libcudart.so.13: cannot open shared object file")
+
+    monkeypatch.setattr(torch.ops, "load_library", fail)
+    status = backends._probe_cuda()
+    assert not status.devices
+    assert "does not load (libcudart.so.13" in status.reason and "MPVG_BUILD=cuda" in status.reason
+
+
+def test_cuda_extension_that_is_not_built(monkeypatch):
+    monkeypatch.delenv("MPVG_CUDA_HOST", raising=False)
+    monkeypatch.setattr(backends.Path, "glob", lambda *_: [])
+    status = backends._probe_cuda()
+    assert not status.devices and "not built" in status.reason and "MPVG_BUILD=cuda" in status.reason
+
+
+@pytest.mark.parametrize(
+    "built,capability,runs",
+    [
+        ("8.0", (8, 0), True),
+        ("8.0", (8, 6), True),  # machine code of the same major version
+        ("8.6", (8, 0), False),
+        ("8.0 9.0", (10, 0), False),
+        ("9.0+PTX", (12, 0), True),  # the driver compiles PTX for what is newer
+        ("9.0+PTX", (8, 0), False),
+        ("9.0a", (9, 0), True),
+        ("9.0a+PTX", (10, 0), False),
+        ("12.0", (12, 1), True),
+    ],
+)
+def test_which_code_runs_on_which_gpu(built, capability, runs):
+    assert backends.runs_on(built.split(), capability) == runs
 
 
 def test_backend_of_another_device():

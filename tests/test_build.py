@@ -43,10 +43,110 @@ def test_unknown_choice():
     assert "MPVG_BUILD=fast: expected one of auto, none, cpu, cuda" in result.stderr
 
 
-def test_cuda_is_refused_in_plain_words():
-    result = setup(MPVG_BUILD="cuda")
+@pytest.fixture
+def toolkit(tmp_path):
+    """A stand-in for a CUDA toolkit: toolkit(release, architectures) gives its folder."""
+
+    def make(release: str, known: tuple[str, ...] = ("80", "90")) -> str:
+        nvcc = tmp_path / "bin/nvcc"
+        nvcc.parent.mkdir()
+        listed = "\\n".join(f"compute_{number}" for number in known)
+        nvcc.write_text(
+            f"#!/bin/sh\ncase $1 in --version) echo 'Cuda compilation tools, release {release}, V{release}.1';; "
+            f"--list-gpu-arch) printf '{listed}\\n';; esac\n"
+        )
+        nvcc.chmod(0o755)
+        return str(tmp_path)
+
+    return make
+
+
+needs_compiler = pytest.mark.skipif(not (shutil.which("c++") or os.environ.get("CXX")), reason="no C++ compiler")
+needs_cuda_torch = pytest.mark.skipif(torch.version.cuda is None, reason="PyTorch is built without CUDA")
+TORCH_CUDA = torch.version.cuda or "0.0"
+
+
+def refused(**environment: str) -> str:
+    """What an explicit MPVG_BUILD=cuda says when it fails: one line."""
+    result = setup(MPVG_BUILD="cuda", **environment)
     assert result.returncode != 0
-    assert "MPVG_BUILD=cuda: this version has no CUDA C++ sources yet" in result.stderr
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("MPVG_BUILD=cuda: ")]
+    return line
+
+
+@needs_compiler
+@needs_cuda_torch
+def test_cuda_without_nvcc(tmp_path):
+    assert "no nvcc in /nowhere/bin: set CUDA_HOME" in refused(CUDA_HOME="/nowhere")
+    if not Path("/usr/local/cuda/bin/nvcc").exists():
+        compiler = Path(shutil.which("c++")).parent
+        assert "no nvcc: install the CUDA toolkit" in refused(PATH=str(compiler), CUDA_HOME="", CUDA_PATH="")
+
+
+@needs_compiler
+@needs_cuda_torch
+@pytest.mark.parametrize(
+    "architectures,message",
+    [
+        ("8.0;99.0", "does not know compute capability 99.0 .it knows up to 9.0.; update the toolkit"),
+        ("8.0 9.0a 12.1+PTX", r"does not know compute capability 12.1\+PTX"),
+        ("7.5", "TORCH_CUDA_ARCH_LIST names 7.5: the kernels need compute capability 8.0"),
+        ("Hopper", "TORCH_CUDA_ARCH_LIST names 'Hopper': expected compute capabilities such as"),
+    ],
+)
+def test_cuda_for_an_architecture_that_cannot_be_had(architectures, message, toolkit):
+    assert re.search(message, refused(CUDA_HOME=toolkit(TORCH_CUDA), TORCH_CUDA_ARCH_LIST=architectures))
+
+
+@needs_compiler
+@needs_cuda_torch
+def test_cuda_of_another_version(toolkit):
+    major, minor = TORCH_CUDA.split(".")[:2]
+    home = toolkit(f"{int(major) - 1}.0")
+    line = refused(CUDA_HOME=home, TORCH_CUDA_ARCH_LIST="8.0;9.0")
+    assert f"nvcc is of CUDA {int(major) - 1}.0 and PyTorch of CUDA {TORCH_CUDA}" in line
+
+
+@needs_compiler
+@needs_cuda_torch
+def test_cuda_of_another_minor_version_will_do(toolkit):
+    home = toolkit(f"{TORCH_CUDA.split('.')[0]}.99")
+    result = setup(MPVG_BUILD="cuda", CUDA_HOME=home, TORCH_CUDA_ARCH_LIST="8.0, 9.0+PTX")
+    assert result.returncode == 0, result.stderr
+
+
+@needs_compiler
+@needs_cuda_torch
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here, whose architecture is taken")
+def test_cuda_without_a_gpu_needs_a_list(toolkit):
+    home = toolkit(TORCH_CUDA)
+    assert "no GPU is visible and TORCH_CUDA_ARCH_LIST is not set" in refused(CUDA_HOME=home, TORCH_CUDA_ARCH_LIST="")
+    result = setup(MPVG_BUILD="auto", CUDA_HOME=home, TORCH_CUDA_ARCH_LIST="")
+    assert result.returncode == 0
+    lines = [line for line in result.stderr.splitlines() if "without the CUDA kernels" in line]
+    assert len(lines) == 1 and "TORCH_CUDA_ARCH_LIST is not set" in lines[0]
+
+
+@pytest.mark.parametrize("by", ["link", "script"])
+def test_nvcc_is_found_behind_a_link_or_a_script(by, toolkit, tmp_path_factory, monkeypatch):
+    """The toolkit's folder, not that of the nvcc on the PATH."""
+    import runpy
+
+    home = Path(toolkit("13.0"))
+    nvcc = home / "bin/nvcc"
+    if by == "script":  # the real nvcc says where it is
+        nvcc.write_text(f"#!/bin/sh\necho '#$ TOP={home}/bin/..' >&2\n")
+    other = tmp_path_factory.mktemp("elsewhere") / "bin"
+    other.mkdir()
+    if by == "link":
+        (other / "nvcc").symlink_to(nvcc)
+    else:
+        (other / "nvcc").write_text(f'#!/bin/sh\nexec {nvcc} "$@"\n')
+        (other / "nvcc").chmod(0o755)
+    monkeypatch.setenv("PATH", str(other), prepend=os.pathsep)
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    monkeypatch.delenv("CUDA_PATH", raising=False)
+    assert runpy.run_path(str(ROOT / "setup.py"))["cuda_home"]() == str(home.resolve())
 
 
 @pytest.mark.parametrize("compiler", ["no-such-compiler", "false"])
@@ -68,16 +168,19 @@ def test_version_has_one_source():
     assert setup("--version").stdout.splitlines()[-1] == mk.__version__
 
 
-@needs_extension
-def test_extension_needs_only_the_stable_abi():
+@pytest.mark.parametrize("part,calls", [("cpu", "torch_parallel_for"), ("cuda", "aoti_torch_get_current_cuda_stream")])
+def test_extension_needs_only_the_stable_abi(part, calls):
     """No symbol of torch's C++ libraries (at::, c10::, torch::), only the C functions of its stable ABI."""
+    built = sorted((ROOT / "mpvg_kernels").glob(f"_{part}*.so"))
+    if not built:
+        pytest.skip(f"the {part} extension is not built")
     if not shutil.which("nm"):
         pytest.skip("nm is not installed")
     symbols = subprocess.run(
-        ["nm", "-D", "--undefined-only", BUILT[0]], capture_output=True, text=True, check=True
+        ["nm", "-D", "--undefined-only", built[0]], capture_output=True, text=True, check=True
     ).stdout
     names = [line.split()[-1] for line in symbols.splitlines()]
-    assert "torch_parallel_for" in names
+    assert calls in names
     assert not [n for n in names if re.match(r"_ZN?K?\d*(2at|3c10|5torch)", n)]
     assert not [n for n in names if n.startswith(("_Py", "Py"))]
 

@@ -1,4 +1,7 @@
-"""The CPU kernels (csrc/cpu, without torch) under address and undefined-behaviour sanitizers: sanitizers_driver.cpp."""
+"""The kernels, without torch, under address and undefined-behaviour sanitizers.
+
+The CPU's by sanitizers_driver.cpp, on each instruction set; CUDA's on the host (tests/cuda_host) by its driver.cpp.
+"""
 
 import os
 import shutil
@@ -6,6 +9,7 @@ import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import cuda_host_library
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -27,6 +31,12 @@ def compiler() -> list[str]:
     return [gcc, "--param=asan-instrumentation-with-call-threshold=0", "-w"]
 
 
+def run(*command: str | Path) -> subprocess.CompletedProcess:
+    """Run a program without what torch's processes may preload: address sanitizer wants to come before it."""
+    environment = {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"}
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+
 @pytest.mark.slow
 def test_kernels_are_clean_on_every_instruction_set(tmp_path):
     command = compiler() + SANITIZE + FLAGS
@@ -41,8 +51,19 @@ def test_kernels_are_clean_on_every_instruction_set(tmp_path):
         objects = list(pool.map(compile_one, sources))
     program = tmp_path / "driver"
     subprocess.run([*command, *objects, "-o", program], check=True)
-    # torch's processes may preload libraries that address sanitizer wants to come before.
-    environment = {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"}
-    result = subprocess.run([program], capture_output=True, text=True, env=environment)
+    result = run(program)
     assert result.returncode == 0, result.stderr[-4000:]
     assert "baseline ok" in result.stdout
+
+
+@pytest.mark.slow
+def test_cuda_kernels_are_clean_on_the_host(tmp_path):
+    compiler()
+    sanitize = ["-O1", *SANITIZE[:2], "-g1"]
+    sources = [*cuda_host_library.SOURCES, cuda_host_library.HOST / "driver.cpp"]
+    objects = cuda_host_library.compile_objects(sources, tmp_path, sanitize)
+    program = tmp_path / "driver"
+    subprocess.run(["g++", *sanitize, *objects, "-o", program], check=True)
+    result = run(program)
+    assert result.returncode == 0, result.stderr[-4000:]
+    assert result.stdout == "ok\n"
