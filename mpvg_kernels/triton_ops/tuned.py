@@ -1,0 +1,3 @@
+import os
+def loop_rules(rules, kernel, device, dtype, D):
+    return rules
