@@ -111,7 +111,7 @@ def _launch(call: Call):
     def empty(*shape, dtype=call.params):
         return torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
 
-    B, N, D = 64, call.N, call.D
+    B, N, D = 256, call.N, call.D
     x = empty(B, N, D, dtype=call.x)
     branch = scale = pos = pos_weight = None
     if call.branch:

@@ -26,8 +26,8 @@ class LoopRules:
     """The choices for one of the four kernels that pass over the tokens; what `triton_ops/tune.py` times."""
 
     threads: int
-    """Threads that one multiprocessor's 65536 registers hold. A grid is cut to whole waves of them, as a partly filled
-    one takes as long as a full one."""
+    """Threads on a multiprocessor, whose 65536 registers the compiler is told to divide among them. A grid is cut to
+    whole waves of them, as a partly filled one takes as long as a full one."""
     elements_per_thread: int = 24
     """Of one row. 24 holds a row of 768 columns in one warp, so that no reduction up to there needs a barrier, and
     leaves the backward, with its two accumulators, at 168 registers and without spills."""
@@ -43,11 +43,11 @@ class LaunchRules:
     a GPU. benchmarks/results/resources.md has the compiled code's figures.
     """
 
-    # By registers a thread: 128, 168 and, for the pool, 80.
+    # By registers a thread: 128 and 168, in the pool 80 and 96.
     pe_layer_norm_fwd: LoopRules = field(default=LoopRules(threads=512))
     pe_layer_norm_bwd: LoopRules = field(default=LoopRules(threads=384))
     pe_norm_pool_fwd: LoopRules = field(default=LoopRules(threads=768))
-    pe_norm_pool_bwd: LoopRules = field(default=LoopRules(threads=768))
+    pe_norm_pool_bwd: LoopRules = field(default=LoopRules(threads=640))
     # The finishing kernels run on N rows, not B*N: small programs spread them over more multiprocessors.
     finishing: LoopRules = field(default=LoopRules(threads=384, warps=1))
     # Their loops are short and have little work in them: latency is all that counts.
@@ -112,12 +112,13 @@ class Launch(NamedTuple):
     slices: int
     length: int
     stages: int
+    registers: int | None = None
 
     @property
     def options(self) -> dict[str, Any]:
         tile = self.tile
         sizes = dict(WIDTH=tile.width, BLOCKS=tile.blocks, T=tile.rows, STAGES=self.stages)
-        return sizes | dict(num_warps=tile.num_warps, enable_fp_fusion=True)
+        return sizes | dict(num_warps=tile.num_warps, enable_fp_fusion=True, maxnreg=self.registers)
 
 
 @functools.cache
@@ -140,8 +141,10 @@ def row_tile(D: int, N: int, itemsize: int, rules: LoopRules) -> RowTile:
 
 @functools.cache
 def _multiprocessors(device: torch.device) -> int:
-    """A GPU's; elsewhere (interpreter, ahead-of-time compilation) a small number that still makes several slices."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+    """A GPU's; an H100's for ahead-of-time compilation; for the interpreter few, which still make several slices."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    return 132 if device.type == "meta" else 2
 
 
 def slices(count: int, programs: int, wave: int, at_most: int) -> tuple[int, int]:
@@ -192,7 +195,9 @@ def launch(
         if partials:
             most = max(B // RULES.samples_per_slice, RULES.cached_partial_bytes // (4 * max(N, 1) * D))
         number, length = slices(B, tiles, wave, most)
-    return Launch(tile, tiles, number, length, stages(tile, read_bytes, length, rules))
+    # Left alone, the compiler may trade a few spilled bytes for one more program. Unaligned rows need what they need.
+    registers = 65536 // rules.threads // 8 * 8 if D % 16 == 0 else None
+    return Launch(tile, tiles, number, length, stages(tile, read_bytes, length, rules), registers)
 
 
 @triton.jit
