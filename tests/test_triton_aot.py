@@ -47,6 +47,7 @@ def test_compiles_within_registers(arch, case):
     }
     for k in kernels:
         assert k.spilled == 0, f"{k.kernel} spills {k.spilled} bytes at {k.registers} registers"
+        assert k.registers * 32 * k.warps <= 65536, f"{k.kernel} can't be launched"
         assert k.atomics == 0, f"{k.kernel} uses atomics: its results would change from run to run"
         if CALLS[case].D % 16 == 0:  # other rows are read one element at a time, by more registers of addresses
             assert k.registers <= MOST_REGISTERS, f"{k.kernel} takes {k.registers} registers"

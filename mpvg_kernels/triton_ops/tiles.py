@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from . import tuned
+from .. import tuned
 
 
 @dataclass(frozen=True)
@@ -196,7 +196,7 @@ def launch(
             most = max(B // RULES.samples_per_slice, RULES.cached_partial_bytes // (4 * max(N, 1) * D))
         number, length = slices(B, tiles, wave, most)
     # Left alone, the compiler may trade a few spilled bytes for one more program. Unaligned rows need what they need.
-    registers = 65536 // rules.threads // 8 * 8 if D % 16 == 0 else None
+    registers = min(65536 // max(rules.threads, 32 * tile.num_warps) // 8 * 8, 255) if D % 16 == 0 else None
     return Launch(tile, tiles, number, length, stages(tile, read_bytes, length, rules), registers)
 
 
