@@ -139,10 +139,10 @@ class Traffic(NamedTuple):
 def traffic(case: Case) -> Traffic:
     """Every argument read once and every result written once, in the forward and again in the backward.
 
-    So mode "fwd_bwd" is "fwd", with h written by the pool too, and "bwd" together: a forward with backward reads x (or h) twice and dy and dh once, and writes y, dx and, with a branch, h. The
-    branch's gradient counts where it is a tensor of its own: with a scale, or in another dtype than x's. Row statistics
-    and partial sums do not count: how many there are is the kernel's choice. The pool's output is (B, D), and its
-    forward writes no h where there are no gradients.
+    Mode "fwd_bwd" is "fwd" and "bwd" together. It reads x (or h) twice and dy and dh once, and writes y, dx and, with a
+    branch, h. The branch's gradient counts where it is a tensor of its own: with a scale, or in another dtype than x's.
+    Row statistics and partial sums do not count: how many there are is the kernel's choice. The pool's output is (B,
+    D), and its forward writes no h where there are no gradients.
     """
     given, dtypes = case.given, case.dtypes
     elements = case.B * case.N * case.D
@@ -562,7 +562,7 @@ def _parser(op: str, description: str, sizes, dtypes, inputs, quick: str) -> arg
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--sizes", nargs="+", type=_size, metavar="BxNxD", default=list(sizes))
-    add("--grid", action="store_true", help=f"instead of --sizes: {len(GRID)} sizes, B 1 to 1024, N 49 to 784, D 96 to 1280")
+    add("--grid", action="store_true", help=f"instead of --sizes {len(GRID)}: B 1 to 1024, N 49 to 784, D 96 to 1280")
     add("--max-mib", type=int, metavar="MIB", help="leave out sizes whose x is larger than that in the first dtype")
     add(
         "--dtypes",

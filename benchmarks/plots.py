@@ -61,7 +61,9 @@ def heatmap(path: str | Path, rows: Sequence[Row], machine: str) -> None:
     if not ours:
         harness.progress(f"nothing was timed beside a baseline: no heat map in {path}")
         return
-    panels = _grouped(ours, lambda row: f"{row['provider']}, {row['op']}\n{row['mode']}, {row['inputs']}, {row['dtype']}")
+    panels = _grouped(
+        ours, lambda row: f"{row['provider']}, {row['op']}\n{row['mode']}, {row['inputs']}, {row['dtype']}"
+    )
     most = max(len({(row["B"], row["N"]) for row in group}) for group in panels.values())
     figure, axes = _axes(len(panels), max(3.4, 0.62 * most + 1.6), 3.2)
     reach = max(1.0, *(abs(math.log2(row[key])) for row in ours))

@@ -170,11 +170,12 @@ def resources_markdown(found: dict[str, str], rows: Sequence[dict[str, Any]]) ->
         ("backend", "operator", "direction", "kernel", "dtype", "D", "threads", *archs),
         ((*key, *(cells.get(arch, "-") for arch in archs)) for key, cells in lines.items()),
     )
+    spilled = f"{spills} bytes are spilled in all." if spills else "No kernel spills."
     compiled = ", ".join(f"{name} {number}" for name, number in found.items())
     return (
         "# Registers, shared memory and occupancy of the GPU kernels\n\n"
-        "Made by `python benchmarks/resources.py`; cells are registers a thread / bytes of shared memory a block / theoretical occupancy.\n"
-        f"Compiled with {compiled}. {'No kernel spills.' if not spills else f'{spills} bytes spilled in all.'}\n\n" + table
+        "Made by `python benchmarks/resources.py`. Cells are registers a thread / bytes of shared memory a block /\n"
+        f"theoretical occupancy. Compiled with {compiled}. {spilled}\n\n" + table
     )
 
 
@@ -190,10 +191,10 @@ def predictions_markdown(gpu: Gpu, rows: Sequence[dict[str, Any]]) -> str:
     targets = ", ".join(f"{mode} {100 * part:.0f} %" for mode, part in OF_A_COPY.items())
     return (
         f"# Predicted times on an {gpu.name}: not measured\n\n"
-        "Made by `python benchmarks/resources.py`. Bytes are the least traffic of a call (`operators.traffic`); the time is\n"
-        f"bytes / bandwidth and nothing else. Bandwidth: {gpu.source}.\n"
-        f"The target is the part of a copy's bandwidth that the kernels are to reach: {targets}. bwd is the backward alone.\n\n"
-        + table
+        "Made by `python benchmarks/resources.py`. Bytes are the least traffic of a call (`operators.traffic`); the\n"
+        f"time is bytes / bandwidth and nothing else. Bandwidth: {gpu.source}.\n"
+        f"The target is the part of a copy's bandwidth that the kernels are to reach: {targets}. bwd is the backward\n"
+        "alone.\n\n" + table
     )
 
 
@@ -217,7 +218,7 @@ def differences(committed: Sequence[dict[str, Any]], found: Sequence[dict[str, A
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--check", action="store_true", help="write nothing; 1 if the committed table differs")
-    parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR", help="where to write (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR", help="default: %(default)s")
     args = parser.parse_args(argv)
     rows = triton_rows()
     more, reason = cuda_rows()

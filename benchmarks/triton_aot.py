@@ -56,7 +56,10 @@ def compile_calls(
     started = {
         arch: subprocess.Popen(
             [sys.executable, __file__, str(arch), json.dumps(calls)],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=env,
         )  # fmt: skip
         for arch in architectures
     }

@@ -11,8 +11,8 @@ A table is a JSON file:
         "backends": [{"operator": "pe_layer_norm", "dtype": "bf16", "D": 384,
                       "us": {"triton": 161.2, "cuda": 158.9}}]}}}
 
-A choice replaces fields of `triton_ops.tiles.LoopRules`; it holds for one kernel, dtype of the stream, width and name of
-the device, and changes nothing but speed and the order of sums. Two tables are read, once: `tuned.json` beside this
+A choice replaces fields of `triton_ops.tiles.LoopRules`; it holds for one kernel, dtype of the stream, width and name
+of the device, and changes nothing but speed and the order of sums. Two tables are read, once: `tuned.json` beside this
 file, and the one that the environment variable MPVG_TUNED names, whose entries count more. MPVG_TUNED=none reads
 neither. `python -m mpvg_kernels.triton_ops.tune` writes them.
 """

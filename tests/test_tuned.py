@@ -63,7 +63,8 @@ def test_a_choice_holds_for_its_kernel_device_dtype_and_width(user_table):
     user_table(table())
     assert dataclasses.asdict(rules()) == CHOICE
     default = tiles.RULES.pe_layer_norm_fwd
-    for other in (dict(kernel="pe_layer_norm_bwd"), dict(dtype=torch.bfloat16), dict(D=65), dict(device=torch.device("meta"))):
+    others = dict(kernel="pe_layer_norm_bwd"), dict(dtype=torch.bfloat16), dict(D=65), dict(device=torch.device("meta"))
+    for other in others:
         assert rules(**other) == default
 
 
@@ -80,7 +81,8 @@ def test_none_reads_no_table(user_table, monkeypatch):
 
 def test_the_users_table_counts_more_than_the_packages(user_table, tmp_path, monkeypatch):
     packaged = tmp_path / "packaged.json"
-    packaged.write_text(json.dumps(table(entries=[ENTRY | {"choice": {"warps": 1}}, ENTRY | {"D": 8, "choice": {"warps": 8}}])))
+    entries = [ENTRY | {"choice": {"warps": 1}}, ENTRY | {"D": 8, "choice": {"warps": 8}}]
+    packaged.write_text(json.dumps(table(entries=entries)))
     monkeypatch.setattr(tuned, "PACKAGED", packaged)
     user_table(table())
     assert dataclasses.asdict(rules()) == CHOICE and rules(D=8).warps == 8
@@ -101,7 +103,7 @@ WRONG = {
     "no kernel": (table(entries=[ENTRY | {"kernel": "k"}]), "kernel 'k', expected one of pe_layer_norm_fwd"),
     "no dtype": (table(entries=[ENTRY | {"dtype": "int8"}]), "dtype 'int8'"),
     "no width": (table(entries=[ENTRY | {"D": 0}]), "D 0"),
-    "unknown field": (table(entries=[ENTRY | {"choice": {"speed": 1}}]), "expected positive integers for some of threads"),
+    "unknown field": (table(entries=[ENTRY | {"choice": {"speed": 1}}]), "for some of threads, elements"),
     "no integer": (table(entries=[ENTRY | {"choice": {"warps": "4"}}]), "expected positive integers"),
     "odd warps": (table(entries=[ENTRY | {"choice": {"warps": 3}}]), "no power of two"),
     "no times": (table(backends=[BACKENDS | {"us": {}}]), "expected a time for each backend"),
@@ -203,5 +205,6 @@ def test_every_choice_computes_the_same(op, elements_per_thread, warps):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     choice = {"threads": 256, "elements_per_thread": elements_per_thread, "warps": warps, "stages": 2}
     kernels = [k for k in tuned.KERNELS if op in k]
-    with mk.use_backend("triton"), tuned.trial(kernels[0], "fp32", 96, choice), tuned.trial(kernels[-1], "fp32", 96, choice):
+    first, second = (tuned.trial(kernel, "fp32", 96, choice) for kernel in kernels)
+    with mk.use_backend("triton"), first, second:
         check(op, Case(3, 7, 96, branch_dtype=torch.float32, scale=True, device=device))

@@ -63,7 +63,8 @@ POS_GRADS = GRAD_POS | GRAD_POS_WEIGHT | GRAD_POS_BIAS
 def forward_kernel(
     x_BND, branch_BND, scale_B, w_D, b_D, pos_KD, pos_w_D, pos_b_D, y_BND, h_BND, pos_out_KD, stats_2BN,
     B, N, K, samples, x_b, x_n, branch_b, branch_n, eps, pos_eps,
-    D: tl.constexpr, WIDTH: tl.constexpr, BLOCKS: tl.constexpr, T: tl.constexpr, STAGES: tl.constexpr,
+    D: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCKS: tl.constexpr, T: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     cols = columns(WIDTH, BLOCKS)
     n = tile_rows(tl.program_id(0), T)
@@ -98,7 +99,8 @@ def forward_kernel(
 def backward_kernel(
     dy_BND, dh_BND, h_BND, stats_2BN, w_D, scale_B, dx_BND, dbranch_BND, dy_partial, dw_partial,
     B, N, samples, dy_b, dy_n, dh_b, dh_n, h_b, h_n,
-    ROW_PARTIALS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, BLOCKS: tl.constexpr, T: tl.constexpr, STAGES: tl.constexpr,
+    ROW_PARTIALS: tl.constexpr, D: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCKS: tl.constexpr, T: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     cols = columns(WIDTH, BLOCKS)
     n = tile_rows(tl.program_id(0), T)
@@ -141,7 +143,8 @@ def backward_kernel(
 @triton.jit(do_not_specialize=["S", "N", "K"])
 def pos_grad_kernel(
     dy_partial, dpos_out_KD, pos_KD, pos_w_D, dpos_KD, sums_3FD, S, N, K, partial_s, partial_n, pos_eps,
-    BIAS_SUM: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, BLOCKS: tl.constexpr, T: tl.constexpr, STAGES: tl.constexpr,
+    BIAS_SUM: tl.constexpr, D: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCKS: tl.constexpr, T: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """dp' = dp'_next + the sum of the S slices, taken back through LN'; column sums for db, dw' and db'."""
     cols = columns(WIDTH, BLOCKS)
@@ -203,6 +206,11 @@ def stream_dtype(x: Tensor, branch: Tensor) -> torch.dtype:
     return x.dtype if x.dtype == branch.dtype else torch.float32
 
 
+def sum_stages(rows: int) -> int:
+    """How deep to pipeline a sum over so many rows."""
+    return max(1, min(RULES.finishing_stages, triton.cdiv(rows, RULES.sum_rows)))
+
+
 def sum_columns(D: int, *sums: tuple[Tensor | None, int, Tensor | None]) -> None:
     """Launch `column_sums_kernel` for up to four (partials, rows, result), in its order; a result may be None."""
     args, rows = [], []
@@ -210,11 +218,10 @@ def sum_columns(D: int, *sums: tuple[Tensor | None, int, Tensor | None]) -> None
         args += [partial, result]
         rows.append(count)
     missing = 4 - len(sums)
-    deep = min(RULES.finishing_stages, max(1, triton.cdiv(max(rows), RULES.sum_rows)))
     grid = triton.cdiv(D, RULES.sum_columns), len(sums)
     column_sums_kernel[grid](
         *args, *[None] * (2 * missing), *rows[:2], rows[2] if missing < 2 else 0,
-        D=D, R=RULES.sum_rows, C=RULES.sum_columns, STAGES=deep,
+        D=D, R=RULES.sum_rows, C=RULES.sum_columns, STAGES=sum_stages(max(rows)),
         num_warps=RULES.sum_warps, enable_fp_fusion=True,
     )  # fmt: skip
 

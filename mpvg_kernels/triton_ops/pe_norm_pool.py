@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..ops.common import GRAD_BIAS, GRAD_BRANCH, GRAD_WEIGHT, GRAD_X
-from .pe_layer_norm import POS_GRADS, pos_grads, stream_dtype, sum_columns
+from .pe_layer_norm import POS_GRADS, pos_grads, stream_dtype, sum_columns, sum_stages
 from .tiles import (
     RULES,
     add,
@@ -35,7 +35,6 @@ from .tiles import (
     load_stream,
     load_vector,
     mul,
-    normalized,
     row_statistics,
     saved_statistics,
     scaled,
@@ -50,7 +49,8 @@ from .tiles import (
 @triton.jit(do_not_specialize=["B", "N", "K", "tiles"])
 def pool_kernel(
     x_BND, branch_BND, scale_B, h_BND, stats_2BN, partial_BCD, B, N, K, tiles, x_b, x_n, branch_b, branch_n, eps,
-    PREFIX: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, BLOCKS: tl.constexpr, T: tl.constexpr, STAGES: tl.constexpr,
+    PREFIX: tl.constexpr, D: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCKS: tl.constexpr, T: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Each chunk's share of mean_n hhat. Prefix rows take part in h and stats, not in the mean."""
     cols = columns(WIDTH, BLOCKS)
@@ -78,7 +78,8 @@ def pool_kernel(
             share = kept(share, pooled)
         total = add(total, share)
     chunk = b * tl.num_programs(1) + tl.program_id(1)
-    store_column_sums(partial_BCD + chunk * D, cols, D, scaled(shifted(total, shift), tl.div_rn(1.0, tl.cast(K, tl.float32))))
+    mean = scaled(shifted(total, shift), tl.div_rn(1.0, tl.cast(K, tl.float32)))
+    store_column_sums(partial_BCD + chunk * D, cols, D, mean)
 
 
 @triton.jit(do_not_specialize=["B", "chunks", "pos_chunks"])
@@ -107,7 +108,8 @@ def output_kernel(
 @triton.jit(do_not_specialize=["B", "N", "K", "tiles"])
 def backward_kernel(
     dout_BD, h_BND, stats_2BN, w_D, scale_B, dx_BND, dbranch_BND, B, N, K, tiles, dout_b, h_b, h_n,
-    PREFIX: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, BLOCKS: tl.constexpr, T: tl.constexpr, STAGES: tl.constexpr,
+    PREFIX: tl.constexpr, D: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCKS: tl.constexpr, T: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     cols = columns(WIDTH, BLOCKS)
     b = tl.cast(tl.program_id(0), tl.int64)
@@ -253,8 +255,8 @@ def backward(
         if dweight is not None or dbias is not None or dp is not None:
             batch_sums_kernel[(triton.cdiv(D, RULES.sum_columns),)](
                 dout, s, dweight, dbias, dp, B, K, dout.stride(0),
-                D=D, R=RULES.sum_rows, C=RULES.sum_columns,
-                STAGES=min(RULES.finishing_stages, max(1, triton.cdiv(B, RULES.sum_rows))), num_warps=RULES.sum_warps, enable_fp_fusion=True,
+                D=D, R=RULES.sum_rows, C=RULES.sum_columns, STAGES=sum_stages(B),
+                num_warps=RULES.sum_warps, enable_fp_fusion=True,
             )  # fmt: skip
         if dp is not None:
             sums, dpos, dpos_weight, dpos_bias = pos_grads(

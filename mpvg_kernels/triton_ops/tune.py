@@ -50,7 +50,9 @@ def neighbours(choice: tuned.Choice) -> Iterator[tuned.Choice]:
             yield choice | {field: value}
 
 
-def search(start: tuned.Choice, time: Callable[[tuned.Choice], float], gain: float = GAIN) -> tuple[tuned.Choice, float]:
+def search(
+    start: tuned.Choice, time: Callable[[tuned.Choice], float], gain: float = GAIN
+) -> tuple[tuned.Choice, float]:
     """The choice that no neighbour beats by `gain`, and its time. Each is timed once; equals keep the earlier one."""
     timed: dict[tuple, float] = {}
 
@@ -176,7 +178,8 @@ def compare_backends(timer: GpuTimer, dtypes: Sequence[str], widths: Sequence[in
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m mpvg_kernels.triton_ops.tune", description=__doc__.partition("\n")[0])
+    prog = "python -m mpvg_kernels.triton_ops.tune"
+    parser = argparse.ArgumentParser(prog=prog, description=__doc__.partition("\n")[0])
     add = parser.add_argument
     add("--widths", nargs="+", type=int, default=[192, 384, 768], metavar="D")
     add("--dtypes", nargs="+", choices=tuple(DTYPES), default=["bf16", "fp32"])
