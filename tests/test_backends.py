@@ -50,7 +50,8 @@ def test_unknown_name():
 
 def test_missing_backend_says_why():
     missing = [b for b in backends.BACKENDS if b not in mk.available_backends()]
-    assert missing
+    if not missing:
+        pytest.skip("all backends are there")
     for name in missing:
         with pytest.raises(mk.BackendUnavailableError, match=f"'{name}' is not available: .+"):
             mk.use_backend(name)
