@@ -1,6 +1,6 @@
 """Runs each of a backend's four main calls once between a profiler's marks, for Nsight Compute (stage `ncu`).
 
-    ncu --profile-from-start off python benchmarks/gpu_profile.py triton
+ncu --profile-from-start off python benchmarks/gpu_profile.py triton
 """
 
 import sys

@@ -1,4 +1,6 @@
-"""Everything that a GPU is needed for, in one command: bash benchmarks/gpu_suite.sh [STAGE ...] [--out DIR] [--wheels DIR]
+"""Everything that a GPU is needed for, in one command.
+
+    bash benchmarks/gpu_suite.sh [STAGE ...] [--out DIR] [--wheels DIR] [--minutes M]
 
 Stages run in the order of STAGES, each in processes of its own, with a time limit of its own and the rest of --minutes
 as the other; what a stage has written stays whatever comes after it. It needs Python, torch 2.11 or later, Triton and
@@ -149,6 +151,7 @@ def tests(suite: Suite) -> str:
     ids = [line for line in listed.splitlines() if "::" in line and line.startswith("tests/")]
     if not ids:
         raise Failed("pytest collected no test")
+    _remove(suite.out.glob("tests-*.xml"))
     shards = min(8, max(1, (os.cpu_count() or 2) // 2))
 
     def shard(at: int) -> None:
@@ -164,12 +167,32 @@ def sanitizer(suite: Suite) -> str:
     if not suite.has("pytest"):
         raise Skipped("pytest is not installed")
 
+    _remove(suite.out.glob("sanitizer-*.xml"))
+
     def tool(name: str) -> None:
         report = f"--junitxml={suite.out / f'sanitizer-{name}.xml'}"
-        suite.python("-m", "pytest", "tests/test_gpu.py", "-k", name, report, "-rs", "-p", "no:cacheprovider", "-q", allowed=(0, 1))
+        suite.python(
+            "-m",
+            "pytest",
+            "tests/test_gpu.py",
+            "-k",
+            name,
+            report,
+            "-rs",
+            "-p",
+            "no:cacheprovider",
+            "-q",
+            allowed=(0, 1),
+        )
 
     ended = suite.at_once([lambda name=name: tool(name) for name in ("memcheck", "racecheck", "initcheck")])
     return _tally(suite.out.glob("sanitizer-*.xml"), [str(e) for e in ended if e is not None])
+
+
+def _remove(files) -> None:
+    """What an earlier run left must not be counted."""
+    for file in files:
+        file.unlink()
 
 
 def _tally(reports, errors: list[str]) -> str:
@@ -265,7 +288,14 @@ NCU_METRICS = {
 }
 # To the units of the keys above, from those that ncu prints.
 NCU_UNITS = {"ns": 1e-3, "nsecond": 1e-3, "us": 1, "usecond": 1, "ms": 1e3, "msecond": 1e3, "%": 1}
-NCU_UNITS |= {"Gbyte/s": 1, "Gbyte/second": 1, "Tbyte/s": 1e3, "Tbyte/second": 1e3, "Mbyte/s": 1e-3, "byte/second": 1e-9}
+NCU_UNITS |= {
+    "Gbyte/s": 1,
+    "Gbyte/second": 1,
+    "Tbyte/s": 1e3,
+    "Tbyte/second": 1e3,
+    "Mbyte/s": 1e-3,
+    "byte/second": 1e-9,
+}
 
 
 def ncu(suite: Suite) -> str:
@@ -285,7 +315,7 @@ def ncu(suite: Suite) -> str:
         raise Failed("ncu reported no kernel; see ncu.log")
     (suite.out / "ncu.json").write_text(json.dumps({"rows": rows}, indent=1) + "\n")
     most = max(rows, key=lambda row: row.get("gbps", 0))
-    return f"{len(rows)} kernels, at most {most['gbps']:.0f} GB/s ({most['percent_of_peak']:.0f} % of peak, {most['kernel']})"
+    return f"{len(rows)} kernels, at most {most.get('gbps', 0):.0f} GB/s ({most['kernel']} of {most['backend']})"
 
 
 def ncu_rows(output: str, backend: str) -> list[dict[str, Any]]:
@@ -360,8 +390,8 @@ def _operator_tables(folder: Path) -> str:
             lines = [
                 (
                     *(row[k] for k in keys), row["provider"], _number(row["ms"] and 1e3 * row["ms"], 1),
-                    _number(row["gbps"], 0), _number(row["roof_percent"], 0, " %"), _number(row["speedup_eager"], 2, "x"),
-                    _number(row["speedup_compile"], 2, "x"), row["note"],
+                    _number(row["gbps"], 0), _number(row["roof_percent"], 0, " %"),
+                    _number(row["speedup_eager"], 2, "x"), _number(row["speedup_compile"], 2, "x"), row["note"],
                 )
                 for row in rows
             ]  # fmt: skip

@@ -717,10 +717,10 @@ def main(
         for row in found:
             harness.print_row(columns, _shown(row))
         rows += found
+        if args.json:  # after each case: a run that is cut off leaves what it has
+            described = settings._asdict() | {"allocator": allocator, "quick": args.quick}
+            harness.write_json(args.json, benchmark, described, rows)
     _summary(rows)
-    if args.json:
-        described = settings._asdict() | {"allocator": allocator, "quick": args.quick}
-        harness.write_json(args.json, benchmark, described, rows)
     if args.plot:
         plot(args.plot, description.rstrip("."), rows, host)
     timed = [row for row in rows if row["ms"] is not None]
