@@ -7,10 +7,12 @@ import sys
 
 import torch
 
+import mpvg_kernels as mk
 from mpvg_kernels.triton_ops import tune
 
 
 def main(backend: str) -> None:
+    mk.use_backend(backend)  # loads its kernels, or says why it can't
     for dtype, D in (("bf16", 192), ("bf16", 768), ("fp32", 384)):
         calls = tune.calls(dtype, D, backend)
         for call in calls.values():  # compiles

@@ -33,7 +33,12 @@ BENCHMARKS = ROOT / "benchmarks"
 
 # Tensors of 64 MiB and more in bf16, DeiT's widths.
 SIZES = ("1024x196x192", "512x196x384", "256x196x768")
+INPUTS = {"dual_ln": "x+f", "norm_pool": "x"}
 GRID_SIZES = tuple(f"{B}x{N}x{D}" for D in (96, 192, 384, 768, 1280) for N in (49, 196, 577) for B in (8, 64, 256))
+# Wheels go here, out of the results' way and out of the environment's.
+WHEELS = ROOT / "build" / "gpu_suite_wheels"
+# What is out of time is asked to end before it is killed: pytest then still writes its report.
+GRACE_S = 5.0
 MODELS = {"deit_tiny": 256, "deit_small": 256, "deit_base": 128}
 TEST_FILES = ("operators", "random_cases", "modules", "compile", "bad_input", "backends", "tuned", "mpvg_deit", "gpu")
 # What torch says of itself and the GPU, asked in a process of its own: a broken driver must not take this one down.
@@ -62,7 +67,7 @@ class Suite:
         self.out, self.facts, self.wheels = out, facts, wheels
         self.ends = time.monotonic() + 60 * minutes
         self.stage, self.stage_ends = "", self.ends
-        paths = [str(ROOT), *([str(out / "wheels")] if out and wheels else []), os.environ.get("PYTHONPATH", "")]
+        paths = [str(ROOT), *([str(WHEELS)] if wheels else []), os.environ.get("PYTHONPATH", "")]
         self.env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONUNBUFFERED": "1"}
         self.env.pop("TRITON_INTERPRET", None)
 
@@ -91,9 +96,13 @@ class Suite:
             output, _ = process.communicate(timeout=left)
             over = False
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)  # its children too
-            output, _ = process.communicate()
             over = True
+            try:
+                os.killpg(process.pid, signal.SIGINT)  # its children too
+                output, _ = process.communicate(timeout=GRACE_S)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                output, _ = process.communicate()
         with log.open("a") as file:
             file.write(f"$ {_shown(command)}\n{output}\n")
         if over:
@@ -125,14 +134,20 @@ def _shown(command: Sequence[str]) -> str:
 # ---- stages: each returns a line for the summary
 
 
+def wheels(suite: Suite) -> str:
+    """Install the peers' wheels, for this run alone."""
+    if not suite.wheels:
+        raise Skipped("--wheels is not given: peers are those of the environment")
+    files = sorted(suite.wheels.glob("*.whl"))
+    if not files:
+        raise Failed(f"--wheels {suite.wheels}: there is no .whl file")
+    shutil.rmtree(WHEELS, ignore_errors=True)
+    suite.python("-m", "pip", "install", "--no-index", "--no-deps", "--target", WHEELS, *files)
+    return ", ".join(file.name for file in files)
+
+
 def build(suite: Suite) -> str:
     """Compile the extensions in place, for this GPU; then say which backends there are."""
-    if suite.wheels:
-        wheels = sorted(suite.wheels.glob("*.whl"))
-        if not wheels:
-            raise Failed(f"--wheels {suite.wheels}: there is no .whl file")
-        pip = ("-m", "pip", "install", "--no-index", "--no-deps", "--upgrade", "--target", suite.out / "wheels")
-        suite.python(*pip, *wheels)
     environment = {"MPVG_BUILD": "auto", "TORCH_CUDA_ARCH_LIST": suite.facts["capability"]}
     suite.python("setup.py", "build_ext", "--inplace", env=environment)
     info = suite.python("-m", "mpvg_kernels", "info")
@@ -215,14 +230,29 @@ def _tally(reports, errors: list[str]) -> str:
 
 def operators(suite: Suite) -> str:
     """Both operators' benchmarks at 64 MiB and more, against eager, torch.compile and the peers that are there."""
-    for name, inputs in (("dual_ln", "x+f"), ("norm_pool", "x")):
-        suite.python(
-            BENCHMARKS / f"bench_{name}.py", "--sizes", *SIZES, "--dtypes", "bf16", "fp32", "--inputs", inputs,
-            "--modes", "fwd", "bwd", "fwd_bwd", "--rounds", "15", "--device", "cuda",
-            "--json", suite.out / f"{name}.json", *suite.plots("--roofline", f"{name}-roofline.png"),
-            *suite.plots("--plot", f"{name}.png"),
-        )  # fmt: skip
+
+    def command(name: str, *options: str | Path) -> list[str | Path]:
+        fixed = ("--sizes", *SIZES, "--inputs", INPUTS[name], "--modes", "fwd", "bwd", "fwd_bwd", "--device", "cuda")
+        return [BENCHMARKS / f"bench_{name}.py", *fixed, *options]
+
+    _fill_compile_caches(
+        suite,
+        [
+            command(name, "--dtypes", dtype, "--providers", "compile", "--rounds", "1")
+            for name in INPUTS
+            for dtype in ("bf16", "fp32")
+        ],
+    )
+    for name in INPUTS:
+        files = ["--json", suite.out / f"{name}.json", *suite.plots("--plot", f"{name}.png")]
+        files += suite.plots("--roofline", f"{name}-roofline.png")
+        suite.python(*command(name, "--dtypes", "bf16", "fp32", "--rounds", "15", *files))
     return f"dual_ln and norm_pool at {', '.join(SIZES)}"
+
+
+def _fill_compile_caches(suite: Suite, commands: Sequence[Sequence[str | Path]]) -> None:
+    """Let torch.compile do its work for all of them at the same time, before anything is timed; its caches keep it."""
+    suite.at_once([lambda command=command: suite.python(*command, allowed=range(256)) for command in commands])
 
 
 def grid(suite: Suite) -> str:
@@ -256,9 +286,7 @@ def train(suite: Suite) -> str:
         fixed = ("--model", name, "--batch", batch, "--dtypes", "bf16", "--device", "cuda")
         return [BENCHMARKS / "bench_train.py", *fixed, *options]
 
-    # torch.compile's work goes into its caches, for all models at the same time, before anything is timed.
-    warm = ("--engines", "compile", "--rounds", "1")
-    suite.at_once([lambda model=model: suite.python(*command(model, *warm), allowed=range(256)) for model in MODELS])
+    _fill_compile_caches(suite, [command(model, "--engines", "compile", "--rounds", "1") for model in MODELS])
     for model in MODELS:
         files = ["--json", suite.out / f"train-{model}.json", *suite.plots("--plot", f"train-{model}.png")]
         suite.python(*command(model, "--rounds", "7", *files))
@@ -339,9 +367,10 @@ class Stage(NamedTuple):
 
 
 STAGES = {
+    "wheels": Stage(wheels, 60),
     "build": Stage(build, 150),
     "tests": Stage(tests, 180),
-    "operators": Stage(operators, 180),
+    "operators": Stage(operators, 210),
     "train": Stage(train, 180),
     "digits": Stage(digits, 60),
     "overhead": Stage(overhead, 30),
@@ -474,7 +503,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     suite = Suite(out, facts, args.wheels and args.wheels.resolve(), args.minutes)
     done: list[dict[str, Any]] = []
     for name in STAGES:
-        if args.stages and name not in args.stages:
+        if args.stages and name not in args.stages and not (name == "wheels" and args.wheels):
             continue
         print(f"{name}: ...", flush=True)
         done.append(run_stage(suite, name))

@@ -60,7 +60,7 @@ def test_without_out_nothing_is_written():
 
 def test_usage_errors():
     done = shell("speed")
-    assert done.returncode == 2 and "unknown stage 'speed': there is build, tests, operators" in done.stderr
+    assert done.returncode == 2 and "unknown stage 'speed': there is wheels, build, tests, operators" in done.stderr
     done = shell("--wheels", "/nowhere")
     assert done.returncode == 2 and "--wheels /nowhere: there is no such folder" in done.stderr
 
@@ -99,14 +99,23 @@ def test_the_suites_time_ends_it(tmp_path, monkeypatch):
 # ---- commands
 
 
-def test_a_command_that_takes_too_long_is_killed_with_its_children(suite, tmp_path):
+def test_a_command_that_takes_too_long_is_asked_to_end(suite):
+    code = "import time\ntry:\n time.sleep(30)\nexcept KeyboardInterrupt:\n print('wrote what there was')"
+    suite.stage_ends = time.monotonic() + 1.5
+    with pytest.raises(Failed, match="out of time after [12] s"):
+        suite.python("-c", code)
+    assert "wrote what there was" in (suite.out / "stage.log").read_text()
+
+
+def test_a_command_that_does_not_end_is_killed_with_its_children(suite, tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_suite, "GRACE_S", 0.2)
     mark = tmp_path / "alive"
-    child = f"import time; time.sleep(3); open({str(mark)!r}, 'w')"
+    child = f"import time; time.sleep(4); open({str(mark)!r}, 'w')"
     suite.stage_ends = time.monotonic() + 1.5
     with pytest.raises(Failed, match="out of time after [12] s"):
         suite.run(["bash", "-c", f'echo started; {sys.executable} -c "{child}" & wait'])
     assert "started" in (tmp_path / "stage.log").read_text()
-    time.sleep(3)
+    time.sleep(4)
     assert not mark.exists()
 
 
@@ -139,6 +148,20 @@ def test_the_benchmarks_take_the_stages_options(name, suite, monkeypatch, capsys
             importlib.import_module(Path(script).stem).main(options)
         assert stop.value.code == 2
         assert "--device cuda needs a CUDA GPU, and none is visible" in capsys.readouterr().err
+
+
+def test_wheels_are_installed_out_of_the_way(suite, tmp_path, monkeypatch):
+    commands = []
+    monkeypatch.setattr(suite, "python", lambda *command, **kwargs: commands.append(list(map(str, command))))
+    with pytest.raises(Skipped, match="--wheels is not given"):
+        gpu_suite.wheels(suite)
+    suite.wheels = tmp_path
+    with pytest.raises(Failed, match="there is no .whl file"):
+        gpu_suite.wheels(suite)
+    (tmp_path / "peer-1.0-py3-none-any.whl").touch()
+    assert gpu_suite.wheels(suite) == "peer-1.0-py3-none-any.whl"
+    assert {"--no-index", "--no-deps", str(gpu_suite.WHEELS)} <= set(commands[0])
+    assert str(gpu_suite.WHEELS) in Suite(tmp_path, FACTS, tmp_path, 1).env["PYTHONPATH"]
 
 
 def test_digits_reads_the_accuracy_from_the_log(suite, monkeypatch):

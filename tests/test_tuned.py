@@ -186,6 +186,29 @@ def test_tune_lists_what_beats_the_rules(capsys):
     assert "pe_norm_pool_fwd bf16 192: 80.0 us by the rules, 50.0 us with stages 2" in capsys.readouterr().out
 
 
+def test_calls_run_every_kernel(monkeypatch):
+    """Each call that is timed plans its own kernel's launch, reading what READS says, and gives results."""
+    if "triton" not in mk.available_backends():
+        pytest.skip(mk.backends.status("triton").reason)
+    planned = []
+    launch = tiles.launch
+
+    def recorded(kernel, device, dtype, shape, read_bytes, partials):
+        planned.append((kernel, shape[1:], read_bytes))
+        return launch(kernel, device, dtype, shape, read_bytes, partials)
+
+    monkeypatch.setattr(tune, "BYTES", 4000)
+    for module in ("pe_layer_norm", "pe_norm_pool"):
+        monkeypatch.setattr(getattr(mk.triton_ops, module), "launch", recorded)
+    calls = tune.calls("fp32", 48, "triton", "cuda" if torch.cuda.is_available() else "cpu")
+    assert tuple(calls) == tuned.KERNELS
+    for kernel, call in calls.items():
+        planned.clear()
+        result = call()
+        assert (kernel, (tune.TOKENS, 48), 4 * tune.READS[kernel]) in planned
+        assert result[0].isfinite().all()
+
+
 def test_without_a_gpu_the_tuner_says_so():
     if torch.cuda.is_available():
         pytest.skip("there is a GPU: it would tune")
@@ -204,7 +227,8 @@ def test_every_choice_computes_the_same(op, elements_per_thread, warps):
         pytest.skip(mk.backends.status("triton").reason)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     choice = {"threads": 256, "elements_per_thread": elements_per_thread, "warps": warps, "stages": 2}
-    kernels = [k for k in tuned.KERNELS if op in k]
+    operator = {"norm": "pe_layer_norm", "pool": "pe_norm_pool"}[op]
+    kernels = [kernel for kernel in tuned.KERNELS if kernel.startswith(operator)]
     first, second = (tuned.trial(kernel, "fp32", 96, choice) for kernel in kernels)
     with mk.use_backend("triton"), first, second:
         check(op, Case(3, 7, 96, branch_dtype=torch.float32, scale=True, device=device))

@@ -100,11 +100,11 @@ def tune(kernels: Sequence[str], dtypes: Sequence[str], widths: Sequence[int], t
 READS = {"pe_layer_norm_fwd": 2, "pe_layer_norm_bwd": 3, "pe_norm_pool_fwd": 1, "pe_norm_pool_bwd": 1}
 
 
-def calls(dtype: str, D: int, backend: str = "triton") -> dict[str, Callable[[], object]]:
-    """For each kernel a call of its raw operator on the GPU, with a branch in the LayerNorm and every gradient."""
+def calls(dtype: str, D: int, backend: str = "triton", device: str = "cuda") -> dict[str, Callable[[], object]]:
+    """For each kernel a call of its raw operator, with a branch in the LayerNorm and every gradient."""
     from ..ops import pe_layer_norm, pe_norm_pool
 
-    kind, device = DTYPES[dtype], torch.device("cuda")
+    kind = DTYPES[dtype]
     B = max(1, BYTES // (TOKENS * D * kind.itemsize))
     x, branch, dy = (torch.randn(B, TOKENS, D, device=device, dtype=kind) for _ in range(3))
     pos, weight = torch.randn(TOKENS, D, device=device, dtype=kind), torch.randn(D, device=device, dtype=kind)
