@@ -42,6 +42,7 @@ from .tiles import (
     launch,
     layer_norm_grad,
     load,
+    load_scale,
     load_stream,
     load_vector,
     mul,
@@ -82,10 +83,12 @@ def forward_kernel(
             store(pos_out_KD, (n - prefix) * D, has_pos, cols, D, pos)
         shift = add(shift, kept(pos, has_pos))
     first = tl.cast(tl.program_id(1), tl.int64) * samples
+    next_scale = load_scale(scale_B, first, B)
     for b in tl.range(first, tl.minimum(first + samples, B), num_stages=STAGES):
         row = b * N + n
-        scale_ptr = None if scale_B is None else scale_B + b
-        h = load_stream(x_BND + b * x_b, n * x_n, branch_BND, b * branch_b + n * branch_n, scale_ptr, live, cols, D)
+        scale = next_scale
+        next_scale = load_scale(scale_B, b + 1, B)
+        h = load_stream(x_BND + b * x_b, n * x_n, branch_BND, b * branch_b + n * branch_n, scale, live, cols, D)
         if h_BND is not None:
             store(h_BND, row * D, live, cols, D, h)
         c, m1, m2, rstd = row_statistics(h, cols, D, eps)
@@ -109,8 +112,11 @@ def backward_kernel(
     sum_dy = zeros(T, cols)
     sum_dy_hhat = zeros(T, cols)
     first = tl.cast(tl.program_id(1), tl.int64) * samples
+    next_scale = load_scale(scale_B, first, B)
     for b in tl.range(first, tl.minimum(first + samples, B), num_stages=STAGES):
         row = b * N + n
+        scale = next_scale
+        next_scale = load_scale(scale_B, b + 1, B)
         dy = load(dy_BND + b * dy_b, n * dy_n, live, cols, D)
         if dy_partial is not None:
             sum_dy = add(sum_dy, dy)
@@ -128,7 +134,7 @@ def backward_kernel(
                 store(dx_BND, row * D, live, cols, D, grad)
             if dbranch_BND is not None:
                 if scale_B is not None:
-                    grad = scaled(grad, tl.load(scale_B + b).to(tl.float32))
+                    grad = scaled(grad, scale)
                 store(dbranch_BND, row * D, live, cols, D, grad)
     program = tl.cast(tl.program_id(1), tl.int64) * tl.num_programs(0) + tl.program_id(0)
     if dw_partial is not None:

@@ -32,6 +32,7 @@ from .tiles import (
     launch,
     layer_norm_grad,
     load,
+    load_scale,
     load_stream,
     load_vector,
     mul,
@@ -55,6 +56,7 @@ def pool_kernel(
     """Each chunk's share of mean_n hhat. Prefix rows take part in h and stats, not in the mean."""
     cols = columns(WIDTH, BLOCKS)
     b = tl.cast(tl.program_id(0), tl.int64)
+    scale = load_scale(scale_B, b, B)
     total = zeros(T, cols)
     shift = tl.zeros([T, 1], tl.float32)
     first = tl.program_id(1) * tiles
@@ -62,8 +64,7 @@ def pool_kernel(
         n = tile_rows(tile, T)
         live = n < N
         row = b * N + n
-        scale_ptr = None if scale_B is None else scale_B + b
-        h = load_stream(x_BND + b * x_b, n * x_n, branch_BND, b * branch_b + n * branch_n, scale_ptr, live, cols, D)
+        h = load_stream(x_BND + b * x_b, n * x_n, branch_BND, b * branch_b + n * branch_n, scale, live, cols, D)
         if h_BND is not None:
             store(h_BND, row * D, live, cols, D, h)
         c, m1, m2, rstd = row_statistics(h, cols, D, eps)
@@ -113,6 +114,7 @@ def backward_kernel(
 ):  # fmt: skip
     cols = columns(WIDTH, BLOCKS)
     b = tl.cast(tl.program_id(0), tl.int64)
+    scale = load_scale(scale_B, b, B)
     g = mul(load(dout_BD, b * dout_b + tl.zeros([T, 1], tl.int64), True, cols, D), load_vector(w_D, T, cols, D))
     g = scaled(g, tl.div_rn(1.0, tl.cast(K, tl.float32)))
     first = tl.program_id(1) * tiles
@@ -131,7 +133,7 @@ def backward_kernel(
             store(dx_BND, row * D, live, cols, D, grad)
         if dbranch_BND is not None:
             if scale_B is not None:
-                grad = scaled(grad, tl.load(scale_B + b).to(tl.float32))
+                grad = scaled(grad, scale)
             store(dbranch_BND, row * D, live, cols, D, grad)
 
 

@@ -231,7 +231,11 @@ def load(ptr, offset_T, live_T, cols, D: tl.constexpr):
 
 @triton.jit
 def load_vector(ptr, T: tl.constexpr, cols, D: tl.constexpr):
-    """A parameter (D,) in each of T rows, fp32; zero where there is none."""
+    """A parameter (D,) in each of T rows, fp32; zero where there is none.
+
+    T rows rather than one, which is a register no more: a load of the tile's shape gets the tile's layout, and nothing
+    that meets it has to be moved from thread to thread.
+    """
     if ptr is None:
         return zeros(T, cols)
     else:
@@ -334,13 +338,22 @@ def layer_norm_grad(g, c, m2_T, rstd_T, D: tl.constexpr):
 
 
 @triton.jit
-def load_stream(x_ptr, x_offset_T, branch_ptr, branch_offset_T, scale_ptr, live_T, cols, D: tl.constexpr):
+def load_scale(scale_B, b, B):
+    """A sample's scale; None where there are none. Loops over samples load it a round ahead: it is not pipelined."""
+    if scale_B is None:
+        return None
+    else:
+        return tl.load(scale_B + b, mask=b < B, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def load_stream(x_ptr, x_offset_T, branch_ptr, branch_offset_T, scale, live_T, cols, D: tl.constexpr):
     """h = x + s * f in fp32, rounded to the promoted dtype of x and f as it is stored; x itself without a branch."""
     v = load(x_ptr, x_offset_T, live_T, cols, D)
     if branch_ptr is not None:
         f = load(branch_ptr, branch_offset_T, live_T, cols, D)
-        if scale_ptr is not None:
-            f = scaled(f, tl.load(scale_ptr).to(tl.float32))
+        if scale is not None:
+            f = scaled(f, scale)
         v = add(v, f)
         if x_ptr.dtype == branch_ptr.dtype:  # else they promote to fp32
             v = [a.to(x_ptr.dtype.element_ty).to(tl.float32) for a in v]
