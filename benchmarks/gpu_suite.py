@@ -112,6 +112,17 @@ class Suite:
             raise Failed(f"{_shown(command)} ended with exit code {process.returncode}: {last.strip()[:200]}")
         return output
 
+    def each(self, commands: Sequence[Sequence[str | Path]]) -> None:
+        """Run Python on each, one after the other; one that fails does not keep the next from running."""
+        failures = []
+        for command in commands:
+            try:
+                self.python(*command)
+            except Failed as failure:
+                failures.append(str(failure))
+        if failures:
+            raise Failed("; ".join(failures))
+
     def at_once(self, calls: Sequence[Callable[[], Any]]) -> list[Any]:
         """Results of several calls that run at the same time; an exception stands in the place of a result."""
 
@@ -243,10 +254,12 @@ def operators(suite: Suite) -> str:
             for dtype in ("bf16", "fp32")
         ],
     )
+    timed = []
     for name in INPUTS:
         files = ["--json", suite.out / f"{name}.json", *suite.plots("--plot", f"{name}.png")]
         files += suite.plots("--roofline", f"{name}-roofline.png")
-        suite.python(*command(name, "--dtypes", "bf16", "fp32", "--rounds", "15", *files))
+        timed.append(command(name, "--dtypes", "bf16", "fp32", "--rounds", "15", *files))
+    suite.each(timed)
     return f"dual_ln and norm_pool at {', '.join(SIZES)}"
 
 
@@ -287,9 +300,11 @@ def train(suite: Suite) -> str:
         return [BENCHMARKS / "bench_train.py", *fixed, *options]
 
     _fill_compile_caches(suite, [command(model, "--engines", "compile", "--rounds", "1") for model in MODELS])
+    timed = []
     for model in MODELS:
         files = ["--json", suite.out / f"train-{model}.json", *suite.plots("--plot", f"train-{model}.png")]
-        suite.python(*command(model, "--rounds", "7", *files))
+        timed.append(command(model, "--rounds", "7", *files))
+    suite.each(timed)
     return f"training steps of {', '.join(f'{model} (batch {batch})' for model, batch in MODELS.items())}"
 
 
@@ -478,6 +493,19 @@ def run_stage(suite: Suite, name: str) -> dict[str, Any]:
     return {"stage": name, "status": status, "seconds": time.monotonic() - start, "note": note}
 
 
+def write_summary(out: Path, facts: dict[str, Any], done: Sequence[dict[str, Any]]) -> None:
+    """Write summary.json and summary.md; of stages that did not run now, what an earlier run on this device said."""
+    path = out / "summary.json"
+    by_name = {stage["stage"]: stage for stage in done}
+    if path.exists():
+        earlier = json.loads(path.read_text())
+        if earlier["machine"]["device"] == facts["device"]:
+            by_name = {stage["stage"]: stage for stage in earlier["stages"]} | by_name
+    stages = [by_name[name] for name in STAGES if name in by_name]
+    path.write_text(json.dumps({"machine": facts, "stages": stages}, indent=1) + "\n")
+    (out / "summary.md").write_text(summary_markdown(facts, stages, out))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="gpu_suite.sh", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -509,9 +537,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         done.append(run_stage(suite, name))
         print(f"{name}: {done[-1]['status']} ({done[-1]['seconds']:.0f} s): {done[-1]['note']}", flush=True)
         if out is not None:  # after each stage, so that a run that is cut off leaves it too
-            text = summary_markdown(facts, done, out)
-            (out / "summary.md").write_text(text)
-            (out / "summary.json").write_text(json.dumps({"machine": facts, "stages": done}, indent=1) + "\n")
+            write_summary(out, facts, done)
     print(f"summary: {out / 'summary.md'}" if out else f"summary: nothing was measured, {facts['why']}")
     return 1 if any(stage["status"] == "failed" for stage in done) else 0
 

@@ -89,6 +89,21 @@ def test_a_failed_stage_leaves_the_others_and_their_files(tmp_path, monkeypatch)
     assert "it / broke" in (tmp_path / "summary.md").read_text()  # a bar would end the table's cell
 
 
+def test_a_stage_that_runs_again_leaves_the_others_lines(tmp_path, monkeypatch):
+    notes = iter(["first", "other", "second"])
+    stages = {name: gpu_suite.Stage(lambda suite: next(notes), 30) for name in ("one", "two")}
+    monkeypatch.setattr(gpu_suite, "STAGES", stages)
+    monkeypatch.setattr(gpu_suite, "probe", lambda: FACTS)
+    assert gpu_suite.main(["--out", str(tmp_path)]) == 0
+    assert gpu_suite.main(["one", "--out", str(tmp_path)]) == 0
+    lines = json.loads((tmp_path / "summary.json").read_text())["stages"]
+    assert [(line["stage"], line["note"]) for line in lines] == [("one", "second"), ("two", "other")]
+    monkeypatch.setattr(gpu_suite, "probe", lambda: FACTS | {"device": "Another GPU"})
+    notes = iter(["third"])
+    assert gpu_suite.main(["one", "--out", str(tmp_path)]) == 0
+    assert len(json.loads((tmp_path / "summary.json").read_text())["stages"]) == 1
+
+
 def test_the_suites_time_ends_it(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_suite, "STAGES", {"late": gpu_suite.Stage(lambda suite: "ran", 30)})
     monkeypatch.setattr(gpu_suite, "probe", lambda: FACTS)
@@ -123,6 +138,12 @@ def test_a_stage_whose_time_is_over_starts_nothing(suite):
     suite.stage_ends = time.monotonic()
     with pytest.raises(Failed, match="time was over before"):
         suite.python("-c", "pass")
+
+
+def test_each_goes_on_after_a_failure(suite):
+    with pytest.raises(Failed, match="exit code 4.*; .*exit code 5"):
+        suite.each([["-c", "raise SystemExit(4)"], ["-c", "print('between')"], ["-c", "raise SystemExit(5)"]])
+    assert "between" in (suite.out / "stage.log").read_text()
 
 
 def test_at_once_keeps_errors_apart(suite):

@@ -23,6 +23,7 @@ SHAPES = [
     (1, 3, 384),
     (2, 2, 1280),
     (17, 2, 20),
+    (2, 1, 16),  # fewer elements than a warp has threads, in aligned rows
 ]
 
 
@@ -125,6 +126,13 @@ def test_outliers_and_flat_rows(op, backend, device):
         t["x"][1, 3] *= 1e-6  # a variance below eps
         t["x"][1, 4] *= 1e15
     check(op, case, t)
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("N", (1, 5, 11))
+def test_no_eps(op, N, backend, device):
+    """eps=0: the rows past the end of a tile have no variance, so no finite rstd, and must not reach the others."""
+    check(op, Case(3, N, 16, eps=0.0, branch_dtype=F32, device=device))
 
 
 LAYOUTS = {

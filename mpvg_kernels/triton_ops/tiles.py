@@ -101,7 +101,8 @@ class RowTile(NamedTuple):
 
     @property
     def elements_per_thread(self) -> int:
-        return self.width * self.blocks * self.rows // (32 * self.num_warps)
+        """At least one: of a tile with fewer elements than threads, several threads have the same."""
+        return max(1, self.width * self.blocks * self.rows // (32 * self.num_warps))
 
 
 class Launch(NamedTuple):
