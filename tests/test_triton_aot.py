@@ -2,7 +2,6 @@
 launch choices: tiles, slices and pipeline depths.
 """
 
-import functools
 import sys
 from pathlib import Path
 
@@ -33,15 +32,15 @@ CALLS = {
 MOST_REGISTERS = 168
 
 
-@functools.cache
+@pytest.fixture(scope="module")
 def results() -> dict[int, dict[str, list[Kernel]]]:
     return compile_calls(CALLS)
 
 
 @pytest.mark.parametrize("case", CALLS)
 @pytest.mark.parametrize("arch", ARCHITECTURES, ids="sm_{}".format)
-def test_compiles_within_registers(arch, case):
-    kernels = results()[arch][case]
+def test_compiles_within_registers(arch, case, results):
+    kernels = results[arch][case]
     assert {"forward_kernel", "backward_kernel", "pool_kernel", "output_kernel", "batch_sums_kernel"} <= {
         k.kernel for k in kernels
     }
@@ -55,12 +54,12 @@ def test_compiles_within_registers(arch, case):
                 assert k.wide_loads, f"{k.kernel} reads aligned rows in less than 16 bytes at a time"
 
 
-def test_every_kernel_is_compiled():
+def test_every_kernel_is_compiled(results):
     """A kernel added to triton_ops and reached by no case here would go untested."""
     from mpvg_kernels.triton_ops import pe_layer_norm, pe_norm_pool
 
     defined = {name for module in (pe_layer_norm, pe_norm_pool) for name in vars(module) if name.endswith("_kernel")}
-    for cases in results().values():
+    for cases in results.values():
         assert {k.kernel for case in cases.values() for k in case} == defined
 
 

@@ -64,7 +64,8 @@ def pool_kernel(
         n = tile_rows(tile, T)
         live = n < N
         row = b * N + n
-        h = load_stream(x_BND + b * x_b, n * x_n, branch_BND, b * branch_b + n * branch_n, scale, live, cols, D)
+        branch_row = b * branch_b + n * branch_n
+        h = load_stream(x_BND + b * x_b, n * x_n, branch_BND, branch_row, scale_B, scale, live, cols, D)
         if h_BND is not None:
             store(h_BND, row * D, live, cols, D, h)
         c, m1, m2, rstd = row_statistics(h, cols, D, eps)

@@ -340,20 +340,22 @@ def layer_norm_grad(g, c, m2_T, rstd_T, D: tl.constexpr):
 
 @triton.jit
 def load_scale(scale_B, b, B):
-    """A sample's scale; None where there are none. Loops over samples load it a round ahead: it is not pipelined."""
+    """A sample's scale; any number where there are none. Loops over samples load it a round ahead, as it is not part of
+    their pipeline; what goes from round to round has to be a value, not None.
+    """
     if scale_B is None:
-        return None
+        return tl.full([], 1.0, tl.float32)
     else:
         return tl.load(scale_B + b, mask=b < B, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def load_stream(x_ptr, x_offset_T, branch_ptr, branch_offset_T, scale, live_T, cols, D: tl.constexpr):
+def load_stream(x_ptr, x_offset_T, branch_ptr, branch_offset_T, scale_B, scale, live_T, cols, D: tl.constexpr):
     """h = x + s * f in fp32, rounded to the promoted dtype of x and f as it is stored; x itself without a branch."""
     v = load(x_ptr, x_offset_T, live_T, cols, D)
     if branch_ptr is not None:
         f = load(branch_ptr, branch_offset_T, live_T, cols, D)
-        if scale is not None:
+        if scale_B is not None:
             f = scaled(f, scale)
         v = add(v, f)
         if x_ptr.dtype == branch_ptr.dtype:  # else they promote to fp32
