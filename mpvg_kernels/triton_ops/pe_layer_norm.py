@@ -83,7 +83,7 @@ def forward_kernel(
             store(pos_out_KD, (n - prefix) * D, has_pos, cols, D, pos)
         shift = add(shift, kept(pos, has_pos))
     first = tl.cast(tl.program_id(1), tl.int64) * samples
-    next_scale = load_scale(scale_B, first, B)
+    next_scale = load_scale(scale_B, first, B)  # a round ahead: it is not part of the loop's pipeline
     for b in tl.range(first, tl.minimum(first + samples, B), num_stages=STAGES):
         row = b * N + n
         scale = next_scale
@@ -113,11 +113,9 @@ def backward_kernel(
     sum_dy = zeros(T, cols)
     sum_dy_hhat = zeros(T, cols)
     first = tl.cast(tl.program_id(1), tl.int64) * samples
-    next_scale = load_scale(scale_B, first, B)
     for b in tl.range(first, tl.minimum(first + samples, B), num_stages=STAGES):
         row = b * N + n
-        scale = next_scale
-        next_scale = load_scale(scale_B, b + 1, B)
+        scale = load_scale(scale_B, b, B)  # not needed before the end: no reason to load it a round ahead
         dy = load(dy_BND + b * dy_b, n * dy_n, live, cols, D)
         if dy_partial is not None:
             sum_dy = add(sum_dy, dy)

@@ -340,9 +340,7 @@ def layer_norm_grad(g, c, m2_T, rstd_T, D: tl.constexpr):
 
 @triton.jit
 def load_scale(scale_B, b, B):
-    """A sample's scale; any number where there are none. Loops over samples load it a round ahead, as it is not part of
-    their pipeline; what goes from round to round has to be a value, not None.
-    """
+    """A sample's scale; any number where there are none, as what goes from round to round has to be a value."""
     if scale_B is None:
         return tl.full([], 1.0, tl.float32)
     else:
