@@ -5,11 +5,12 @@ around from round to round, so that a slow phase of the machine hits all of them
 is the median over rounds of (other's time / this one's time), with the 95 % confidence interval of that median. On a
 CPU the clock is the CPU time of one thread (`torch.set_num_threads(1)`), which other processes disturb least; `wall_ms`
 is elapsed time on all threads, from a pass of its own. On a GPU the clock is a pair of events, after a buffer larger
-than the L2 cache was written.
+than the L2 cache was written; a training step's is elapsed time over several steps in a row.
 
 A JSON file is {"benchmark": name, "machine": {...}, "settings": {...}, "rows": [...]}. Keys of every row:
 
-    provider         "copy" (the roof), "eager", "compile", "reference", "cpp", "triton", ...; in bench_train the model
+    provider         "copy" (the roof), "eager", "compile", "reference", "cpp", "triton", ..., "liger" and other peers;
+                     in bench_train the model
     status           "ok", "failed" (could not run; `note` says why) or "wrong" (result differs; never timed)
     note             what there is to say about the row, else ""
     dtype            "fp32", "bf16", "fp16" or "mixed" (stream fp32, branch and y bf16, parameters fp32)
@@ -22,7 +23,7 @@ A JSON file is {"benchmark": name, "machine": {...}, "settings": {...}, "rows": 
 Keys of operator rows (bench_dual_ln, bench_norm_pool, bench_overhead) besides:
 
     op               "pe_layer_norm" or "pe_norm_pool"
-    mode             "fwd" (no gradients recorded) or "fwd_bwd" (forward, then all gradients)
+    mode             "fwd" (no gradients recorded), "bwd" (all gradients of a forward that is not timed) or "fwd_bwd"
     inputs           what the operator is given, a key of operators.INPUTS: "x", "x+f", "x+s*f", ...
     B, N, D          batch, tokens, width
     cache            "warm" (the same buffers every call) or "cold" (rotated buffers; on a GPU a flushed L2)
@@ -98,6 +99,16 @@ def wall_seconds(call: Callable[[], object], repeats: int) -> float:
     start = time.perf_counter()
     for _ in range(repeats):
         call()
+    return (time.perf_counter() - start) / repeats
+
+
+def synchronized_seconds(call: Callable[[], object], repeats: int) -> float:
+    """Elapsed seconds a call on a GPU, of calls in a row: what a training step costs, the host's part included."""
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    torch.cuda.synchronize()
     return (time.perf_counter() - start) / repeats
 
 
@@ -233,8 +244,8 @@ def threads(count: int):
 
 
 def kernel_backends(device: str) -> list[str]:
-    """Our kernels that are worth timing on the device: not `reference`, and not Triton's interpreter."""
-    return [b for b in mk.available_backends(device) if b != "reference" and (b, device) != ("triton", "cpu")]
+    """Our kernels that are worth timing on the device: not `reference`, and not GPU kernels that run on a CPU for tests."""
+    return [b for b in mk.available_backends(device) if b == "cpp" or (b != "reference" and device != "cpu")]
 
 
 def last_level_cache_bytes() -> int:
@@ -265,6 +276,9 @@ def machine() -> dict[str, Any]:
             facts[package] = version(package)
         except PackageNotFoundError:
             facts[package] = getattr(sys.modules.get(package), "__version__", None)
+    for peer in ("liger-kernel", "flash-attn", "quack-kernels", "apex"):
+        with contextlib.suppress(PackageNotFoundError):
+            facts[peer] = version(peer)
     return facts
 
 

@@ -12,6 +12,7 @@ Shapes: x, f (the branch), y, h and their gradients (B, N, D); pos, pos' (N, D);
 
 import argparse
 import contextlib
+import functools
 import itertools
 import time
 from collections.abc import Callable, Sequence
@@ -19,6 +20,8 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import harness
+import peers
+import plots
 import torch
 import torch.nn.functional as F
 from harness import Column, Group, Variant, number
@@ -28,7 +31,15 @@ import mpvg_kernels as mk
 
 EPS = 1e-6
 SIZES = ((64, 196, 192), (32, 196, 384), (16, 196, 768))
-MODES = ("fwd", "fwd_bwd")
+MODES = ("fwd", "bwd", "fwd_bwd")
+DEFAULT_MODES = ("fwd", "fwd_bwd")
+# The grid of --grid: B 1 to 1024, the token counts of ViT, DeiT and Swin, the widths of their variants.
+GRID = tuple(
+    (B, N, D)
+    for D in (96, 192, 256, 384, 512, 768, 1024, 1280)
+    for N in (49, 64, 196, 197, 577, 784)
+    for B in (1, 8, 64, 256, 1024)
+)
 DEFAULT_DTYPES = ("fp32", "bf16")
 DEFAULT_INPUTS = ("x", "x+f")
 
@@ -90,6 +101,11 @@ class Case:
         return INPUTS[self.inputs]
 
     @property
+    def differentiates(self) -> bool:
+        """Gradients are recorded; in mode "bwd" the forward runs too, once, untimed."""
+        return self.mode != "fwd"
+
+    @property
     def dtypes(self) -> Dtypes:
         return DTYPES[self.dtype]
 
@@ -123,10 +139,10 @@ class Traffic(NamedTuple):
 def traffic(case: Case) -> Traffic:
     """Every argument read once and every result written once, in the forward and again in the backward.
 
-    So a forward with backward reads x (or h) twice and dy and dh once, and writes y, dx and, with a branch, h. The
-    branch's gradient counts where it is a tensor of its own: with a scale, or in another dtype than x's. Row statistics
-    and partial sums do not count: how many there are is the kernel's choice. The pool's output is (B, D), and its
-    forward writes no h where there are no gradients.
+    Mode "fwd_bwd" is "fwd" and "bwd" together. It reads x (or h) twice and dy and dh once, and writes y, dx and, with a
+    branch, h. The branch's gradient counts where it is a tensor of its own: with a scale, or in another dtype than x's.
+    Row statistics and partial sums do not count: how many there are is the kernel's choice. The pool's output is (B,
+    D), and its forward writes no h where there are no gradients.
     """
     given, dtypes = case.given, case.dtypes
     elements = case.B * case.N * case.D
@@ -137,15 +153,16 @@ def traffic(case: Case) -> Traffic:
     pooled = case.op == "pe_norm_pool"
     if pooled:
         y = case.B * case.D * dtypes.out.itemsize
-    backward = case.mode == "fwd_bwd"
 
-    read = x + f * given.branch + scale + 2 * vector + (pos + 2 * vector) * given.pos
-    written = [y]
-    if given.branch and (backward or not pooled):
-        written.append(h)
-    if given.pos and not pooled:
-        written.append(pos)
-    if backward:
+    read, written = 0, []
+    if case.mode != "bwd":
+        read += x + f * given.branch + scale + 2 * vector + (pos + 2 * vector) * given.pos
+        written.append(y)
+        if given.branch and (case.differentiates or not pooled):
+            written.append(h)
+        if given.pos and not pooled:
+            written.append(pos)
+    if case.differentiates:
         read += y + h + vector + scale + (pos + vector) * given.pos
         if not pooled:
             read += h * given.stream_grad + pos * given.pos
@@ -202,11 +219,11 @@ class Arguments(NamedTuple):
 def make_arguments(case: Case, device: str, seed: int = 0) -> tuple[Arguments, tuple[Tensor | None, ...]]:
     """Random arguments of a case, and the gradients of its outputs (None: that output gets none)."""
     given, dtypes = case.given, case.dtypes
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
 
     def draw(*shape: int, dtype: torch.dtype, mean: float = 0.0, spread: float = 1.0, grad: bool = True) -> Tensor:
-        t = (torch.randn(shape, generator=generator) * spread + mean).to(device, dtype)
-        return t.requires_grad_(grad and case.mode == "fwd_bwd")
+        t = (torch.randn(shape, generator=generator, device=device) * spread + mean).to(dtype)
+        return t.requires_grad_(grad and case.differentiates)
 
     B, N, D, params = case.B, case.N, case.D, dtypes.params
     arguments = Arguments(
@@ -238,21 +255,32 @@ def _add(x: Tensor, branch: Tensor | None, scale: Tensor | None) -> Tensor:
     return x + (branch if scale is None else branch * scale[:, None, None])
 
 
-def pe_layer_norm(x, branch, scale, weight, bias, pos, pos_weight, pos_bias, out_dtype):
-    """The plain formula, as a model without these kernels has it: (y, stream, pos')."""
+def _add_norm(x, branch, scale, weight, bias, peer):
+    """(y, h): LayerNorm of the stream and the stream, by PyTorch or by a peer's functions."""
+    if branch is not None and peer is not None and peer.add_norm is not None:
+        return peer.add_norm(x, branch, scale, weight, bias, EPS)
     h = _add(x, branch, scale)
-    y = _layer_norm(h, weight, bias)
+    return _norm(h, weight, bias, peer), h
+
+
+def _norm(v, weight, bias, peer):
+    return _layer_norm(v, weight, bias) if peer is None else peer.norm(v, weight, bias, EPS)
+
+
+def pe_layer_norm(x, branch, scale, weight, bias, pos, pos_weight, pos_bias, out_dtype, peer=None):
+    """The plain formula, as a model without these kernels has it: (y, stream, pos')."""
+    y, h = _add_norm(x, branch, scale, weight, bias, peer)
     if pos is not None:
-        pos = _layer_norm(pos, pos_weight, pos_bias)
+        pos = _norm(pos, pos_weight, pos_bias, peer)
         y = y + pos
     return y if out_dtype is None else y.to(out_dtype), h, pos
 
 
-def pe_norm_pool(x, branch, scale, weight, bias, pos, pos_weight, pos_bias, out_dtype):
+def pe_norm_pool(x, branch, scale, weight, bias, pos, pos_weight, pos_bias, out_dtype, peer=None):
     """The plain formula, as a model without these kernels has it: (pooled,)."""
-    y = _layer_norm(_add(x, branch, scale), weight, bias)
+    y, _ = _add_norm(x, branch, scale, weight, bias, peer)
     if pos is not None:
-        y = y + _layer_norm(pos, pos_weight, pos_bias)
+        y = y + _norm(pos, pos_weight, pos_bias, peer)
     y = y.mean(1)
     return (y if out_dtype is None else y.to(out_dtype),)
 
@@ -291,7 +319,26 @@ def _eager(case: Case) -> Provider:
 
 def _compile(case: Case) -> Provider:
     torch._dynamo.reset()  # one case's code must not meet another's guards, nor the limit on recompilations
-    return Provider(torch.compile(PLAIN[case.op], dynamic=False))
+    compiled = torch.compile(PLAIN[case.op], dynamic=False)
+    if case.mode != "bwd":
+        return Provider(compiled)
+
+    # A backward that runs again and again on one forward must not take that one's buffers for its own.
+    def keeping(*args):
+        with torch._functorch.config.patch(donated_buffer=False):
+            return compiled(*args)
+
+    return Provider(keeping)
+
+
+def _peer(name: str) -> Callable[[Case], Provider]:
+    def provider(case: Case) -> Provider:
+        try:
+            return Provider(functools.partial(PLAIN[case.op], peer=peers.load(name)))
+        except ImportError as error:
+            raise Unavailable(str(error)) from error
+
+    return provider
 
 
 def _backend(name: str) -> Callable[[Case], Provider]:
@@ -307,25 +354,31 @@ PROVIDERS: dict[str, Callable[[Case], Provider]] = {
     "eager": _eager,
     "compile": _compile,
     **{name: _backend(name) for name in mk.backends.BACKENDS},
+    **{name: _peer(name) for name in peers.PEERS},
 }
 
 
 def default_providers(device: str) -> list[str]:
-    """Eager, torch.compile and our kernels for the device; without any, the plain formula of ours in their place."""
-    return ["eager", "compile", *(harness.kernel_backends(device) or ["reference"])]
+    """Eager, torch.compile, our kernels for the device (without any, our plain formula), on a GPU installed peers."""
+    ours = harness.kernel_backends(device) or ["reference"]
+    return ["eager", "compile", *ours, *(peers.installed() if device == "cuda" else [])]
 
 
 # ---- calls and their check
 
 
 def make_call(case: Case, function: Callable, arguments: Arguments, output_grads: Sequence[Tensor | None]):
-    """The timed call: the outputs, and in mode fwd_bwd the gradients of all arguments by `torch.autograd.grad`."""
+    """The timed call: the outputs (fwd), the gradients of all arguments by `torch.autograd.grad` (bwd), or both."""
     out_dtype = case.out_dtype
     if case.mode == "fwd":
         return lambda: function(*arguments, out_dtype)
     wrt = arguments.differentiable()
     at = [i for i, grad in enumerate(output_grads) if grad is not None]
     grads = [output_grads[i] for i in at]
+    if case.mode == "bwd":
+        outputs = function(*arguments, out_dtype)
+        kept = [outputs[i] for i in at]
+        return lambda: torch.autograd.grad(kept, wrt, grads, retain_graph=True)
 
     def forward_backward() -> Sequence[Tensor]:
         outputs = function(*arguments, out_dtype)
@@ -341,7 +394,7 @@ def results(
     names = ("pooled",) if case.op == "pe_norm_pool" else ("y", "stream", "pos'")
     outputs = function(*arguments, case.out_dtype)
     found = {name: t.detach() for name, t in zip(names, outputs, strict=True) if t is not None}
-    if case.mode == "fwd_bwd":
+    if case.differentiates:
         wrt = [
             f"d{name}"
             for name, t in zip(Arguments._fields, arguments, strict=True)
@@ -430,7 +483,8 @@ def prepare(case: Case, names: Sequence[str], settings: Settings) -> tuple[list[
         if wrong:
             refused[name] = "wrong", wrong
             continue
-        calls = itertools.cycle([make_call(case, provider.function, *one) for one in sets])
+        with provider.context():
+            calls = itertools.cycle([make_call(case, provider.function, *one) for one in sets])
         call = (lambda calls=calls: next(calls)()) if rotations > 1 else next(calls)
         variants.append(Variant(name, call, _nested(no_grad, provider.context)))
     return variants, refused
@@ -508,6 +562,8 @@ def _parser(op: str, description: str, sizes, dtypes, inputs, quick: str) -> arg
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--sizes", nargs="+", type=_size, metavar="BxNxD", default=list(sizes))
+    add("--grid", action="store_true", help=f"instead of --sizes {len(GRID)}: B 1 to 1024, N 49 to 784, D 96 to 1280")
+    add("--max-mib", type=int, metavar="MIB", help="leave out sizes whose x is larger than that in the first dtype")
     add(
         "--dtypes",
         nargs="+",
@@ -516,7 +572,7 @@ def _parser(op: str, description: str, sizes, dtypes, inputs, quick: str) -> arg
         default=list(dtypes),
         help=", ".join(DTYPES),
     )
-    add("--modes", nargs="+", type=_listed(MODES), metavar="MODE", default=list(MODES), help=", ".join(MODES))
+    add("--modes", nargs="+", type=_listed(MODES), metavar="MODE", default=list(DEFAULT_MODES), help=", ".join(MODES))
     add(
         "--inputs",
         nargs="+",
@@ -527,6 +583,8 @@ def _parser(op: str, description: str, sizes, dtypes, inputs, quick: str) -> arg
     )
     add("--providers", nargs="+", type=_listed(tuple(PROVIDERS)), metavar="NAME", help=", ".join(PROVIDERS))
     harness.common_options(parser, rounds=25)
+    add("--roofline", metavar="FILE.png", help="draw each provider's bandwidth over the bytes of a call there")
+    add("--heatmap", metavar="FILE.png", help="draw how many times faster than eager ours are, over D and B x N, there")
     add("--cold", action="store_true", help="rotate through buffers larger than the cache (a GPU always starts cold)")
     add("--quick", action="store_true", help=quick)
     return parser
@@ -562,11 +620,13 @@ def _shown(row: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+MODE_NAMES = {"fwd": "forward", "bwd": "backward", "fwd_bwd": "forward + backward"}
+
+
 def plot(path: str, title: str, rows: list[dict[str, Any]], host: bool = False) -> None:
     """Draw the rows' times: a panel for each operator, mode and inputs, a group of bars for each size and dtype."""
     panels: dict[str, list[Group]] = {}
     one_size = len({(r["B"], r["N"], r["D"], r["dtype"]) for r in rows}) == 1
-    modes = {"fwd": "forward", "fwd_bwd": "forward + backward"}
     factor = 1e3 if host else 1.0
     one_case = itertools.groupby(
         rows, key=lambda r: tuple(r[k] for k in ("op", "mode", "inputs", "B", "N", "D", "dtype"))
@@ -577,7 +637,7 @@ def plot(path: str, title: str, rows: list[dict[str, Any]], host: bool = False) 
         notes = {
             name: f"{r['speedup_eager']:.1f}x" for name, r in timed.items() if name != "eager" and r["speedup_eager"]
         }
-        panel, label = f"{op}, {modes[mode]}", "x".join(map(str, size)) + f"\n{dtype}"
+        panel, label = f"{op}, {MODE_NAMES[mode]}", "x".join(map(str, size)) + f"\n{dtype}"
         if one_size:
             label = f"given {inputs}\n{label}"
         else:
@@ -620,6 +680,10 @@ def main(
         harness.change_defaults(
             parser, args, sizes=list(quick_sizes), inputs=list(quick_inputs), rounds=9, no_wall=True
         )
+    sizes = list(GRID) if args.grid else args.sizes
+    if args.max_mib is not None:
+        itemsize = DTYPES[args.dtypes[0]].x.itemsize
+        sizes = [(B, N, D) for B, N, D in sizes if B * N * D * itemsize <= args.max_mib << 20]
     names = args.providers or list(providers(args.device))
     settings = Settings(
         device=args.device,
@@ -635,7 +699,7 @@ def main(
         for mode in args.modes
         for given in args.inputs
         for dtype in args.dtypes
-        for size in args.sizes
+        for size in sizes
     ]
     allocator = harness.pin_allocator()
     print(f"{benchmark}: {harness.describe(harness.machine())}")
@@ -653,12 +717,17 @@ def main(
         for row in found:
             harness.print_row(columns, _shown(row))
         rows += found
+        if args.json:  # after each case: a run that is cut off leaves what it has
+            described = settings._asdict() | {"allocator": allocator, "quick": args.quick}
+            harness.write_json(args.json, benchmark, described, rows)
     _summary(rows)
-    if args.json:
-        described = settings._asdict() | {"allocator": allocator, "quick": args.quick}
-        harness.write_json(args.json, benchmark, described, rows)
     if args.plot:
         plot(args.plot, description.rstrip("."), rows, host)
+    timed = [row for row in rows if row["ms"] is not None]
+    if args.roofline and timed:
+        plots.roofline(args.roofline, timed, harness.describe(harness.machine()))
+    if args.heatmap and timed:
+        plots.heatmap(args.heatmap, timed, harness.describe(harness.machine()))
     return harness.exit_code(rows)
 
 

@@ -20,7 +20,7 @@ SETTINGS = operators.Settings(device=DEVICE)
 CASES = [
     operators.Case(op, mode, inputs, *size, dtype)
     for op in operators.PLAIN
-    for mode in operators.MODES
+    for mode in operators.DEFAULT_MODES
     for inputs in operators.DEFAULT_INPUTS
     for dtype in operators.DEFAULT_DTYPES
     for size in operators.SIZES

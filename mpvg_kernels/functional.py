@@ -192,7 +192,11 @@ def _prepare(
 
     if pos_eps is None:
         pos_eps = eps
-    if not (eps >= 0 and pos_eps >= 0):
+    try:
+        valid = eps >= 0 and pos_eps >= 0
+    except TypeError:
+        valid = False
+    if not valid:
         raise ValueError(f"eps={eps!r}, pos_eps={pos_eps!r}: expected numbers of at least 0")
 
     device_type = device.type

@@ -8,6 +8,8 @@ HAS_GPU = torch.cuda.is_available()
 # Before anything imports Triton: without a GPU its kernels run on the CPU, interpreted.
 if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
+# Models are compared with formulas: a convolution's rounding to TF32 would be all that is seen.
+torch.backends.cudnn.allow_tf32 = False
 
 import cuda_host_library  # noqa: E402
 import pytest  # noqa: E402

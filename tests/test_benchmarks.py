@@ -20,6 +20,8 @@ import bench_overhead  # noqa: E402
 import bench_train  # noqa: E402
 import harness  # noqa: E402
 import operators  # noqa: E402
+import peers  # noqa: E402
+import plots  # noqa: E402
 from operators import Case  # noqa: E402
 
 SMALL = ["--sizes", "2x5x16"]
@@ -54,6 +56,9 @@ GRADS_FP32 = [96, 16, 16, 48, 16, 16]
         ("pe_layer_norm", "fwd_bwd", "x+s*f", "fp32", (78 + 74 + 32) * 4, [96, 96, 48, 96] + GRADS_FP32),
         # x, h and dh have 4 bytes an element, f, df, y and dy 2
         ("pe_layer_norm", "fwd_bwd", "x+f", "mixed", 3 * 96 + 2 * 48 + (28 + 32) * 4, [48, 96, 48, 48] + GRADS_FP32),
+        # the backward alone: dy, dh, h, dpos', w, pos, pos_weight -> gradients
+        ("pe_layer_norm", "bwd", "x+f", "bf16", (72 + 32) * 2, [2 * n for n in GRADS]),
+        ("pe_norm_pool", "bwd", "x", "fp32", (8 + 24 + 20) * 4, GRADS_FP32),
         # x, w, b, pos, pos_weight, pos_bias -> pooled; without gradients no h
         ("pe_norm_pool", "fwd", "x", "fp32", (24 + 28) * 4, [32]),
         ("pe_norm_pool", "fwd", "x+f", "fp32", (48 + 28) * 4, [32]),
@@ -125,6 +130,7 @@ def test_rounds_turn_around_and_warm_up():
     [
         (bench_dual_ln, [*SMALL, "--inputs", "x,dh", "x+s*f", "x+f,no-pos", "--dtypes", "fp32", "mixed"], {"gbps"}),
         (bench_dual_ln, [*SMALL, "--inputs", "x+f", "--cold"], {"gbps"}),
+        (bench_norm_pool, [*SMALL, "--modes", "bwd", "--dtypes", "fp32"], {"gbps"}),
         (bench_norm_pool, [*SMALL, "--inputs", "x", "x+s*f", "--dtypes", "bf16", "fp16", "mixed"], {"gbps"}),
         (bench_overhead, ["--inputs", "x+f"], {"speedup_eager"}),
         (
@@ -234,6 +240,118 @@ def test_bad_options(options, message, capsys):
         bench_dual_ln.main(options)
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("op", operators.PLAIN)
+def test_forward_and_backward_add_up(op):
+    def case(mode):
+        return operators.traffic(Case(op, mode, "x+f", 2, 3, 4, "bf16"))
+
+    forward, backward, both = case("fwd"), case("bwd"), case("fwd_bwd")
+    h = 2 * 24 if op == "pe_norm_pool" else 0  # which the pool writes for a backward only
+    assert both.total == forward.total + backward.total + h
+
+
+def test_backward_alone_runs_on_one_forward():
+    """The timed call is the backward: the function is not called again."""
+    calls = []
+
+    def function(*args):
+        calls.append(1)
+        return operators.PLAIN["pe_layer_norm"](*args)
+
+    case = Case("pe_layer_norm", "bwd", "x+f", 2, 3, 4, "fp32")
+    arguments, grads = operators.make_arguments(case, "cpu")
+    call = operators.make_call(case, function, arguments, grads)
+    first, second = call(), call()
+    assert len(calls) == 1
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_grid_is_the_issues():
+    B, N, D = ({size[i] for size in operators.GRID} for i in range(3))
+    assert min(B) == 1 and max(B) == 1024
+    assert N == {49, 64, 196, 197, 577, 784} and D == {96, 192, 256, 384, 512, 768, 1024, 1280}
+    assert len(operators.GRID) == len(B) * len(N) * len(D)
+
+
+def test_grid_with_a_limit_and_its_plots(tmp_path, monkeypatch):
+    monkeypatch.setattr(operators, "GRID", ((1, 2, 16), (2, 2, 16), (1, 2, 32), (64, 64, 512)))
+    roofline, heatmap = tmp_path / "roofline.png", tmp_path / "plots" / "heatmap.png"
+    report = tmp_path / "rows.json"
+    options = ["--grid", "--max-mib", "1", "--dtypes", "fp32", "--inputs", "x+f", "--rounds", "2", "--no-wall"]
+    options += ["--providers", "eager", "reference", "--json", str(report), "--device", "cpu"]
+    assert bench_dual_ln.main([*options, "--roofline", str(roofline), "--heatmap", str(heatmap)]) == 0
+    rows = json.loads(report.read_text())["rows"]
+    assert {(r["B"], r["N"], r["D"]) for r in rows} == {(1, 2, 16), (2, 2, 16), (1, 2, 32)}
+    assert roofline.read_bytes().startswith(PNG) and heatmap.read_bytes().startswith(PNG)
+
+
+def test_a_heat_map_needs_a_baseline(tmp_path, capsys):
+    row = dict(provider="reference", speedup_eager=None, speedup_compile=None)
+    plots.heatmap(tmp_path / "none.png", [row], "machine")
+    assert "nothing was timed beside a baseline" in capsys.readouterr().err
+    assert not (tmp_path / "none.png").exists()
+
+
+# ---- peers
+
+
+def _made_up_peer(add_norm: bool):
+    """A library whose LayerNorm is right, and that counts its calls."""
+    calls = []
+
+    def norm(v, weight, bias, eps):
+        calls.append("norm")
+        return torch.nn.functional.layer_norm(v, v.shape[-1:], weight, bias, eps)
+
+    def joined(x, branch, scale, weight, bias, eps):
+        calls.append("add_norm")
+        h = x + (branch if scale is None else branch * scale[:, None, None])
+        return norm(h, weight, bias, eps), h
+
+    return peers.Peer(norm, joined if add_norm else None), calls
+
+
+@pytest.mark.parametrize("add_norm", (False, True))
+@pytest.mark.parametrize("op", operators.PLAIN)
+@pytest.mark.parametrize("inputs", operators.INPUTS)
+def test_peers_do_the_same_work(op, inputs, add_norm, monkeypatch):
+    peer, calls = _made_up_peer(add_norm)
+    monkeypatch.setattr(peers, "load", lambda name: peer)
+    for mode in operators.MODES:
+        case = Case(op, mode, inputs, 2, 3, 8, "fp32")
+        variants, refused = operators.prepare(case, ["liger"], operators.Settings(roof=False))
+        assert not refused and [variant.name for variant in variants] == ["liger"]
+    assert "norm" in calls and ("add_norm" in calls) == (add_norm and case.given.branch)
+
+
+def test_a_peer_that_is_wrong_is_refused(monkeypatch):
+    monkeypatch.setattr(peers, "load", lambda name: peers.Peer(lambda v, weight, bias, eps: v * weight + bias))
+    case = Case("pe_norm_pool", "fwd", "x+f", 2, 3, 8, "fp32")
+    _, refused = operators.prepare(case, ["quack"], operators.Settings(roof=False))
+    assert refused["quack"][0] == "wrong"
+
+
+@pytest.mark.parametrize("name", peers.PEERS)
+def test_a_peer_that_is_not_there_says_so(name, monkeypatch):
+    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda package: None)
+    assert peers.installed() == []
+    case = Case("pe_layer_norm", "fwd", "x", 2, 3, 8, "fp32")
+    _, refused = operators.prepare(case, [name], operators.Settings(roof=False))
+    assert refused[name] == ("failed", f"{peers.PEERS[name][0]} is not installed")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU is visible")
+@pytest.mark.parametrize("name", peers.PEERS)
+@pytest.mark.parametrize("op", operators.PLAIN)
+def test_installed_peers_are_right(name, op):
+    if name not in peers.installed():
+        pytest.skip(f"{peers.PEERS[name][0]} is not installed")
+    for dtype in operators.DTYPES:
+        case = Case(op, "fwd_bwd", "x+s*f", 4, 49, 768, dtype)
+        _, refused = operators.prepare(case, [name], operators.Settings(device="cuda", roof=False))
+        assert refused.get(name, ("",))[0] != "wrong", refused
 
 
 def test_script_runs_by_its_path():

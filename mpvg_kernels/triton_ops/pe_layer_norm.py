@@ -35,21 +35,22 @@ from ..ops.common import (
 )
 from .tiles import (
     RULES,
+    Launch,
     add,
     columns,
     kept,
+    launch,
     layer_norm_grad,
     load,
+    load_scale,
     load_stream,
     load_vector,
     mul,
     normalized,
-    one_wave,
     row_statistics,
     row_tile,
     saved_statistics,
     scaled,
-    slices,
     store,
     store_column_sums,
     tile_rows,
@@ -63,28 +64,32 @@ POS_GRADS = GRAD_POS | GRAD_POS_WEIGHT | GRAD_POS_BIAS
 def forward_kernel(
     x_BND, branch_BND, scale_B, w_D, b_D, pos_KD, pos_w_D, pos_b_D, y_BND, h_BND, pos_out_KD, stats_2BN,
     B, N, K, samples, x_b, x_n, branch_b, branch_n, eps, pos_eps,
-    D: tl.constexpr, BLOCKS: tl.constexpr, T: tl.constexpr,
+    D: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCKS: tl.constexpr, T: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    cols = columns(BLOCKS)
+    cols = columns(WIDTH, BLOCKS)
     n = tile_rows(tl.program_id(0), T)
     live = n < N
-    w = load_vector(w_D, cols, D)
-    shift = load_vector(b_D, cols, D)
+    w = load_vector(w_D, T, cols, D)
+    shift = load_vector(b_D, T, cols, D)
     if pos_KD is not None:
         prefix = N - K
         has_pos = live & (n >= prefix)
         pos = load(pos_KD, (n - prefix) * D, has_pos, cols, D)
         c, _, m2, rstd = row_statistics(pos, cols, D, pos_eps)
-        pos = mul(normalized(c, m2, rstd), load_vector(pos_w_D, cols, D))
-        pos = add(pos, load_vector(pos_b_D, cols, D))
+        pos = mul(normalized(c, m2, rstd), load_vector(pos_w_D, T, cols, D))
+        pos = add(pos, load_vector(pos_b_D, T, cols, D))
         if tl.program_id(1) == 0:
             store(pos_out_KD, (n - prefix) * D, has_pos, cols, D, pos)
         shift = add(shift, kept(pos, has_pos))
     first = tl.cast(tl.program_id(1), tl.int64) * samples
-    for b in tl.range(first, tl.minimum(first + samples, B)):
+    next_scale = load_scale(scale_B, first, B)  # a round ahead: it is not part of the loop's pipeline
+    for b in tl.range(first, tl.minimum(first + samples, B), num_stages=STAGES):
         row = b * N + n
-        scale_ptr = None if scale_B is None else scale_B + b
-        h = load_stream(x_BND + b * x_b, n * x_n, branch_BND, b * branch_b + n * branch_n, scale_ptr, live, cols, D)
+        scale = next_scale
+        next_scale = load_scale(scale_B, b + 1, B)
+        branch_row = b * branch_b + n * branch_n
+        h = load_stream(x_BND + b * x_b, n * x_n, branch_BND, branch_row, scale_B, scale, live, cols, D)
         if h_BND is not None:
             store(h_BND, row * D, live, cols, D, h)
         c, m1, m2, rstd = row_statistics(h, cols, D, eps)
@@ -98,17 +103,19 @@ def forward_kernel(
 def backward_kernel(
     dy_BND, dh_BND, h_BND, stats_2BN, w_D, scale_B, dx_BND, dbranch_BND, dy_partial, dw_partial,
     B, N, samples, dy_b, dy_n, dh_b, dh_n, h_b, h_n,
-    ROW_PARTIALS: tl.constexpr, D: tl.constexpr, BLOCKS: tl.constexpr, T: tl.constexpr,
+    ROW_PARTIALS: tl.constexpr, D: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCKS: tl.constexpr, T: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    cols = columns(BLOCKS)
+    cols = columns(WIDTH, BLOCKS)
     n = tile_rows(tl.program_id(0), T)
     live = n < N
-    w = load_vector(w_D, cols, D)
+    w = load_vector(w_D, T, cols, D)
     sum_dy = zeros(T, cols)
     sum_dy_hhat = zeros(T, cols)
     first = tl.cast(tl.program_id(1), tl.int64) * samples
-    for b in tl.range(first, tl.minimum(first + samples, B)):
+    for b in tl.range(first, tl.minimum(first + samples, B), num_stages=STAGES):
         row = b * N + n
+        scale = load_scale(scale_B, b, B)  # not needed before the end: no reason to load it a round ahead
         dy = load(dy_BND + b * dy_b, n * dy_n, live, cols, D)
         if dy_partial is not None:
             sum_dy = add(sum_dy, dy)
@@ -126,7 +133,7 @@ def backward_kernel(
                 store(dx_BND, row * D, live, cols, D, grad)
             if dbranch_BND is not None:
                 if scale_B is not None:
-                    grad = scaled(grad, tl.load(scale_B + b).to(tl.float32))
+                    grad = scaled(grad, scale)
                 store(dbranch_BND, row * D, live, cols, D, grad)
     program = tl.cast(tl.program_id(1), tl.int64) * tl.num_programs(0) + tl.program_id(0)
     if dw_partial is not None:
@@ -141,14 +148,15 @@ def backward_kernel(
 @triton.jit(do_not_specialize=["S", "N", "K"])
 def pos_grad_kernel(
     dy_partial, dpos_out_KD, pos_KD, pos_w_D, dpos_KD, sums_3FD, S, N, K, partial_s, partial_n, pos_eps,
-    BIAS_SUM: tl.constexpr, D: tl.constexpr, BLOCKS: tl.constexpr, T: tl.constexpr,
+    BIAS_SUM: tl.constexpr, D: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCKS: tl.constexpr, T: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """dp' = dp'_next + the sum of the S slices, taken back through LN'; column sums for db, dw' and db'."""
-    cols = columns(BLOCKS)
+    cols = columns(WIDTH, BLOCKS)
     n = tile_rows(tl.program_id(0), T)
     live = n < N
     dp = zeros(T, cols)
-    for s in range(S):
+    for s in tl.range(S, num_stages=STAGES):
         dp = add(dp, load(dy_partial, tl.cast(s, tl.int64) * partial_s + n * partial_n, live, cols, D))
     F = tl.num_programs(0)
     sums = sums_3FD + tl.cast(tl.program_id(0), tl.int64) * D
@@ -165,17 +173,17 @@ def pos_grad_kernel(
     store_column_sums(sums + F * D, cols, D, mul(dp, phat))
     store_column_sums(sums + 2 * F * D, cols, D, dp)
     if dpos_KD is not None:
-        grad = layer_norm_grad(mul(dp, load_vector(pos_w_D, cols, D)), c, m2, rstd, D)
+        grad = layer_norm_grad(mul(dp, load_vector(pos_w_D, T, cols, D)), c, m2, rstd, D)
         store(dpos_KD, offset, has_pos, cols, D, grad)
 
 
 @triton.jit
-def column_sum(src, rows, dst, D: tl.constexpr, R: tl.constexpr, C: tl.constexpr):
+def column_sum(src, rows, dst, D: tl.constexpr, R: tl.constexpr, C: tl.constexpr, STAGES: tl.constexpr):
     """dst[c] = sum of src[:, c] over `rows` rows, for this program's columns."""
     if dst is not None:
         c = tl.program_id(0) * C + tl.arange(0, C)[None, :]
         total = tl.zeros([R, C], tl.float32)
-        for first in range(0, rows, R):
+        for first in tl.range(0, rows, R, num_stages=STAGES):
             r = tl.arange(0, R)[:, None] + first
             total += tl.load(src + tl.cast(r, tl.int64) * D + c, mask=(r < rows) & (c < D), other=0.0)
         tl.store(dst + c, tl.sum(total, axis=0, keep_dims=True), mask=c < D)
@@ -184,23 +192,28 @@ def column_sum(src, rows, dst, D: tl.constexpr, R: tl.constexpr, C: tl.constexpr
 @triton.jit(do_not_specialize=["dw_rows", "db_rows", "pos_rows"])
 def column_sums_kernel(
     dw_partial, dw_D, db_partial, db_D, dpos_w_partial, dpos_w_D, dpos_b_partial, dpos_b_D, dw_rows, db_rows, pos_rows,
-    D: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+    D: tl.constexpr, R: tl.constexpr, C: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """The last step of every parameter gradient, one for each value of the second program index."""
     which = tl.program_id(1)
     if which == 0:
-        column_sum(dw_partial, dw_rows, dw_D, D, R, C)
+        column_sum(dw_partial, dw_rows, dw_D, D, R, C, STAGES)
     elif which == 1:
-        column_sum(db_partial, db_rows, db_D, D, R, C)
+        column_sum(db_partial, db_rows, db_D, D, R, C, STAGES)
     elif which == 2:
-        column_sum(dpos_w_partial, pos_rows, dpos_w_D, D, R, C)
+        column_sum(dpos_w_partial, pos_rows, dpos_w_D, D, R, C, STAGES)
     else:
-        column_sum(dpos_b_partial, pos_rows, dpos_b_D, D, R, C)
+        column_sum(dpos_b_partial, pos_rows, dpos_b_D, D, R, C, STAGES)
 
 
 def stream_dtype(x: Tensor, branch: Tensor) -> torch.dtype:
     """The dtype of h = x + f."""
     return x.dtype if x.dtype == branch.dtype else torch.float32
+
+
+def sum_stages(rows: int) -> int:
+    """How deep to pipeline a sum over so many rows."""
+    return max(1, min(RULES.finishing_stages, triton.cdiv(rows, RULES.sum_rows)))
 
 
 def sum_columns(D: int, *sums: tuple[Tensor | None, int, Tensor | None]) -> None:
@@ -213,7 +226,8 @@ def sum_columns(D: int, *sums: tuple[Tensor | None, int, Tensor | None]) -> None
     grid = triton.cdiv(D, RULES.sum_columns), len(sums)
     column_sums_kernel[grid](
         *args, *[None] * (2 * missing), *rows[:2], rows[2] if missing < 2 else 0,
-        D=D, R=RULES.sum_rows, C=RULES.sum_columns, num_warps=RULES.warps, enable_fp_fusion=True,
+        D=D, R=RULES.sum_rows, C=RULES.sum_columns, STAGES=sum_stages(max(rows)),
+        num_warps=RULES.sum_warps, enable_fp_fusion=True,
     )  # fmt: skip
 
 
@@ -233,8 +247,9 @@ def pos_grads(
     them and, with `bias_sum`, `sums[0]` to the column sum of the partials.
     """
     D = pos.shape[-1]
-    tile = row_tile(D, N, RULES.finishing_warps)
+    tile = row_tile(D, N, dy_partial.itemsize, RULES.finishing)
     programs = triton.cdiv(N, tile.rows)
+    launched = Launch(tile, programs, 1, dy_partial.shape[0], min(RULES.finishing_stages, dy_partial.shape[0]))
     sums = pos.new_empty((3, programs, D), dtype=torch.float32)
     dpos = torch.empty_like(pos) if grad_mask & GRAD_POS else None
     dpos_weight = torch.empty_like(pos_weight) if grad_mask & GRAD_POS_WEIGHT else None
@@ -242,7 +257,7 @@ def pos_grads(
     pos_grad_kernel[(programs,)](
         dy_partial, dpos_out, pos, pos_weight, dpos, sums, dy_partial.shape[0], N, pos.shape[0],
         *dy_partial.stride()[:2], pos_eps,
-        BIAS_SUM=bias_sum, D=D, BLOCKS=tile.blocks, T=tile.rows, num_warps=tile.num_warps, enable_fp_fusion=True,
+        BIAS_SUM=bias_sum, D=D, **launched.options,
     )  # fmt: skip
     return sums, dpos, dpos_weight, dpos_bias
 
@@ -268,15 +283,14 @@ def forward(
     h = None if branch is None else x.new_empty((B, N, D), dtype=stream_dtype(x, branch))
     pos_out = None if pos is None else torch.empty_like(pos)
     stats = x.new_empty((2, B, N), dtype=torch.float32) if save else None
-    tile = row_tile(D, N)
-    tiles = triton.cdiv(N, tile.rows)
-    S, samples = slices(B, one_wave(x.device, tile.num_warps) // max(tiles, 1))
+    read_bytes = x.itemsize + (0 if branch is None else branch.itemsize)
+    launched = launch("pe_layer_norm_fwd", x.device, x.dtype, (B, N, D), read_bytes, False)
     with torch.cuda.device_of(x):
-        forward_kernel[(tiles, S)](
+        forward_kernel[(launched.tiles, launched.slices)](
             x, branch, branch_scale, weight, bias, pos, pos_weight, pos_bias, y, h, pos_out, stats,
-            B, N, N - num_prefix_tokens, samples, *x.stride()[:2],
+            B, N, N - num_prefix_tokens, launched.length, *x.stride()[:2],
             *((0, 0) if branch is None else branch.stride()[:2]), eps, pos_eps,
-            D=D, BLOCKS=tile.blocks, T=tile.rows, num_warps=tile.num_warps, enable_fp_fusion=True,
+            D=D, **launched.options,
         )  # fmt: skip
     return y, h, pos_out, stats
 
@@ -306,23 +320,20 @@ def backward(
     dpos = dpos_weight = dpos_bias = None
     rows = pos is not None and bool(grad_mask & POS_GRADS)
 
-    tile = row_tile(D, N)
-    tiles = triton.cdiv(N, tile.rows)
-    S = one_wave(h.device, tile.num_warps, RULES.backward_threads) // max(tiles, 1)
-    if rows:
-        S = min(S, max(B // RULES.samples_per_slice, RULES.cached_partial_bytes // (4 * max(N, 1) * D)))
-    S, samples = slices(B, S)
-    programs = tiles * S
+    read_bytes = dy.itemsize + h.itemsize + (0 if dh is None else dh.itemsize)
+    launched = launch("pe_layer_norm_bwd", h.device, h.dtype, (B, N, D), read_bytes, rows)
+    S = launched.slices
+    programs = launched.tiles * S
     dw_partial = None if dweight is None else h.new_empty((programs, D), dtype=torch.float32)
     dy_partial = None
     if rows or dbias is not None:
         dy_partial = h.new_empty((S, N, D) if rows else (programs, D), dtype=torch.float32)
 
     with torch.cuda.device_of(h):
-        backward_kernel[(tiles, S)](
+        backward_kernel[(launched.tiles, S)](
             dy, dh, h, stats, weight, branch_scale, dx, dbranch, dy_partial, dw_partial,
-            B, N, samples, *dy.stride()[:2], *((0, 0) if dh is None else dh.stride()[:2]), *h.stride()[:2],
-            ROW_PARTIALS=rows, D=D, BLOCKS=tile.blocks, T=tile.rows, num_warps=tile.num_warps, enable_fp_fusion=True,
+            B, N, launched.length, *dy.stride()[:2], *((0, 0) if dh is None else dh.stride()[:2]), *h.stride()[:2],
+            ROW_PARTIALS=rows, D=D, **launched.options,
         )  # fmt: skip
         if rows:
             sums, dpos, dpos_weight, dpos_bias = pos_grads(

@@ -23,24 +23,23 @@ import triton.language as tl
 from torch import Tensor
 
 from ..ops.common import GRAD_BIAS, GRAD_BRANCH, GRAD_WEIGHT, GRAD_X
-from .pe_layer_norm import POS_GRADS, pos_grads, stream_dtype, sum_columns
+from .pe_layer_norm import POS_GRADS, pos_grads, stream_dtype, sum_columns, sum_stages
 from .tiles import (
     RULES,
     add,
     columns,
     kept,
+    launch,
     layer_norm_grad,
     load,
+    load_scale,
     load_stream,
     load_vector,
     mul,
-    normalized,
-    one_wave,
     row_statistics,
-    row_tile,
     saved_statistics,
     scaled,
-    slices,
+    shifted,
     store,
     store_column_sums,
     tile_rows,
@@ -51,64 +50,76 @@ from .tiles import (
 @triton.jit(do_not_specialize=["B", "N", "K", "tiles"])
 def pool_kernel(
     x_BND, branch_BND, scale_B, h_BND, stats_2BN, partial_BCD, B, N, K, tiles, x_b, x_n, branch_b, branch_n, eps,
-    D: tl.constexpr, BLOCKS: tl.constexpr, T: tl.constexpr,
+    PREFIX: tl.constexpr, D: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCKS: tl.constexpr, T: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Each chunk's share of mean_n hhat. Prefix rows take part in h and stats, not in the mean."""
-    cols = columns(BLOCKS)
+    cols = columns(WIDTH, BLOCKS)
     b = tl.cast(tl.program_id(0), tl.int64)
+    scale = load_scale(scale_B, b, B)
     total = zeros(T, cols)
+    shift = tl.zeros([T, 1], tl.float32)
     first = tl.program_id(1) * tiles
-    for tile in tl.range(first, tl.minimum(first + tiles, tl.cdiv(N, T))):
+    for tile in tl.range(first, tl.minimum(first + tiles, tl.cdiv(N, T)), num_stages=STAGES):
         n = tile_rows(tile, T)
         live = n < N
         row = b * N + n
-        scale_ptr = None if scale_B is None else scale_B + b
-        h = load_stream(x_BND + b * x_b, n * x_n, branch_BND, b * branch_b + n * branch_n, scale_ptr, live, cols, D)
+        branch_row = b * branch_b + n * branch_n
+        h = load_stream(x_BND + b * x_b, n * x_n, branch_BND, branch_row, scale_B, scale, live, cols, D)
         if h_BND is not None:
             store(h_BND, row * D, live, cols, D, h)
         c, m1, m2, rstd = row_statistics(h, cols, D, eps)
         if stats_2BN is not None:
             tl.store(stats_2BN + row, m1, mask=live)
             tl.store(stats_2BN + (B + b) * N + n, rstd, mask=live)
-        total = add(total, kept(normalized(c, m2, rstd), live & (n >= N - K)))
+        # hhat = c * rstd - m2 * rstd: the second term is one number a row. A row past the end has c = 0 and no share.
+        pooled = live & (n >= N - K)
+        shift -= tl.where(pooled, m2 * rstd, 0.0)
+        share = scaled(c, tl.where(live, rstd, 0.0))
+        if PREFIX:
+            share = kept(share, pooled)
+        total = add(total, share)
     chunk = b * tl.num_programs(1) + tl.program_id(1)
-    store_column_sums(partial_BCD + chunk * D, cols, D, scaled(total, tl.div_rn(1.0, tl.cast(K, tl.float32))))
+    mean = scaled(shifted(total, shift), tl.div_rn(1.0, tl.cast(K, tl.float32)))
+    store_column_sums(partial_BCD + chunk * D, cols, D, mean)
 
 
 @triton.jit(do_not_specialize=["B", "chunks", "pos_chunks"])
 def output_kernel(
     partial_BCD, pos_partial_CD, w_D, b_D, pos_w_D, pos_b_D, out_BD, s_BD, B, chunks, pos_chunks,
-    D: tl.constexpr, R: tl.constexpr, C: tl.constexpr, MOST_CHUNKS: tl.constexpr,
+    D: tl.constexpr, R: tl.constexpr, C: tl.constexpr, MOST_CHUNKS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Adds up the chunks and writes s and out = w * s + b + w' * s' + b'; R samples by C columns a program."""
     b = tile_rows(tl.program_id(0), R)
     cols = (tl.program_id(1) * C + tl.arange(0, C)[None, :],)
     live = b < B
     s = zeros(R, cols)
-    for chunk in range(chunks):
+    for chunk in tl.range(chunks, num_stages=STAGES):
         s = add(s, load(partial_BCD, (b * chunks + chunk) * D, live, cols, D))
     if s_BD is not None:
         store(s_BD, b * D, live, cols, D, s)
-    out = add(mul(s, load_vector(w_D, cols, D)), load_vector(b_D, cols, D))
+    out = add(mul(s, load_vector(w_D, 1, cols, D)), load_vector(b_D, 1, cols, D))
     if pos_partial_CD is not None:
         chunk = tl.arange(0, MOST_CHUNKS)[:, None]
         pos = load(pos_partial_CD, chunk * D, chunk < pos_chunks, cols, D)
-        pos = mul((tl.sum(pos[0], axis=0, keep_dims=True),), load_vector(pos_w_D, cols, D))
-        out = add(out, add(pos, load_vector(pos_b_D, cols, D)))
+        pos = mul((tl.sum(pos[0], axis=0, keep_dims=True),), load_vector(pos_w_D, 1, cols, D))
+        out = add(out, add(pos, load_vector(pos_b_D, 1, cols, D)))
     store(out_BD, b * D, live, cols, D, out)
 
 
 @triton.jit(do_not_specialize=["B", "N", "K", "tiles"])
 def backward_kernel(
     dout_BD, h_BND, stats_2BN, w_D, scale_B, dx_BND, dbranch_BND, B, N, K, tiles, dout_b, h_b, h_n,
-    D: tl.constexpr, BLOCKS: tl.constexpr, T: tl.constexpr,
+    PREFIX: tl.constexpr, D: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCKS: tl.constexpr, T: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    cols = columns(BLOCKS)
+    cols = columns(WIDTH, BLOCKS)
     b = tl.cast(tl.program_id(0), tl.int64)
-    g = mul(load(dout_BD, b * dout_b, True, cols, D), load_vector(w_D, cols, D))
+    scale = load_scale(scale_B, b, B)
+    g = mul(load(dout_BD, b * dout_b + tl.zeros([T, 1], tl.int64), True, cols, D), load_vector(w_D, T, cols, D))
     g = scaled(g, tl.div_rn(1.0, tl.cast(K, tl.float32)))
     first = tl.program_id(1) * tiles
-    for tile in tl.range(first, tl.minimum(first + tiles, tl.cdiv(N, T))):
+    for tile in tl.range(first, tl.minimum(first + tiles, tl.cdiv(N, T)), num_stages=STAGES):
         n = tile_rows(tile, T)
         live = n < N
         row = b * N + n
@@ -116,24 +127,27 @@ def backward_kernel(
         m1 = tl.load(stats_2BN + row, mask=live, other=0.0)
         rstd = tl.load(stats_2BN + (B + b) * N + n, mask=live, other=0.0)
         c, m2 = saved_statistics(h, m1, cols, D)
-        grad = kept(layer_norm_grad(g, c, m2, rstd, D), n >= N - K)
+        grad = layer_norm_grad(g, c, m2, rstd, D)
+        if PREFIX:
+            grad = kept(grad, n >= N - K)
         if dx_BND is not None:
             store(dx_BND, row * D, live, cols, D, grad)
         if dbranch_BND is not None:
             if scale_B is not None:
-                grad = scaled(grad, tl.load(scale_B + b).to(tl.float32))
+                grad = scaled(grad, scale)
             store(dbranch_BND, row * D, live, cols, D, grad)
 
 
 @triton.jit(do_not_specialize=["B", "K"])
 def batch_sums_kernel(
-    dout_BD, s_BD, dw_D, db_D, dp_D, B, K, dout_b, D: tl.constexpr, R: tl.constexpr, C: tl.constexpr
+    dout_BD, s_BD, dw_D, db_D, dp_D, B, K, dout_b,
+    D: tl.constexpr, R: tl.constexpr, C: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """dw = sum_b dout * s, db = sum_b dout and dp' = db / K, for this program's columns."""
     cols = (tl.program_id(0) * C + tl.arange(0, C)[None, :],)
     sum_dout = zeros(R, cols)
     sum_dout_s = zeros(R, cols)
-    for first in range(0, B, R):
+    for first in tl.range(0, B, R, num_stages=STAGES):
         b = tl.cast(tl.arange(0, R)[:, None] + first, tl.int64)
         dout = load(dout_BD, b * dout_b, b < B, cols, D)
         sum_dout = add(sum_dout, dout)
@@ -158,14 +172,13 @@ def _mean_rows(
 ) -> Tensor:
     """Launch `pool_kernel`: partials (B, C, D) fp32 that add up to the mean of a sample's last K normalised rows."""
     B, N, D = x.shape
-    tile = row_tile(D, N)
-    most = min(RULES.most_chunks, one_wave(x.device, tile.num_warps) // max(B, 1))
-    chunks, tiles = slices(triton.cdiv(N, tile.rows), most)
-    partial = x.new_empty((B, chunks, D), dtype=torch.float32)
-    pool_kernel[(B, chunks)](
-        x, branch, branch_scale, h, stats, partial, B, N, K, tiles, *x.stride()[:2],
+    read_bytes = x.itemsize + (0 if branch is None else branch.itemsize)
+    launched = launch("pe_norm_pool_fwd", x.device, x.dtype, (B, N, D), read_bytes, False)
+    partial = x.new_empty((B, launched.slices, D), dtype=torch.float32)
+    pool_kernel[(B, launched.slices)](
+        x, branch, branch_scale, h, stats, partial, B, N, K, launched.length, *x.stride()[:2],
         *((0, 0) if branch is None else branch.stride()[:2]), eps,
-        D=D, BLOCKS=tile.blocks, T=tile.rows, num_warps=tile.num_warps, enable_fp_fusion=True,
+        PREFIX=K < N, D=D, **launched.options,
     )  # fmt: skip
     return partial
 
@@ -201,7 +214,7 @@ def forward(
             partial, pos_partial, weight, bias, pos_weight, pos_bias, out, s, B, chunks,
             0 if pos is None else pos_partial.shape[1],
             D=D, R=RULES.output_rows, C=RULES.output_columns, MOST_CHUNKS=RULES.most_chunks,
-            num_warps=RULES.warps, enable_fp_fusion=True,
+            STAGES=min(RULES.finishing_stages, chunks), num_warps=RULES.sum_warps, enable_fp_fusion=True,
         )  # fmt: skip
     if save and chunks == 1:
         s = partial.view(B, D)
@@ -236,17 +249,17 @@ def backward(
 
     with torch.cuda.device_of(h):
         if dx is not None or dbranch is not None:
-            tile = row_tile(D, N)
-            chunks, tiles = slices(triton.cdiv(N, tile.rows), one_wave(h.device, tile.num_warps) // max(B, 1))
-            backward_kernel[(B, chunks)](
+            launched = launch("pe_norm_pool_bwd", h.device, h.dtype, (B, N, D), h.itemsize, False)
+            backward_kernel[(B, launched.slices)](
                 dout, h, stats, weight, branch_scale, dx, dbranch,
-                B, N, K, tiles, dout.stride(0), *h.stride()[:2],
-                D=D, BLOCKS=tile.blocks, T=tile.rows, num_warps=tile.num_warps, enable_fp_fusion=True,
+                B, N, K, launched.length, dout.stride(0), *h.stride()[:2],
+                PREFIX=K < N, D=D, **launched.options,
             )  # fmt: skip
         if dweight is not None or dbias is not None or dp is not None:
             batch_sums_kernel[(triton.cdiv(D, RULES.sum_columns),)](
                 dout, s, dweight, dbias, dp, B, K, dout.stride(0),
-                D=D, R=RULES.sum_rows, C=RULES.sum_columns, num_warps=RULES.warps, enable_fp_fusion=True,
+                D=D, R=RULES.sum_rows, C=RULES.sum_columns, STAGES=sum_stages(B),
+                num_warps=RULES.sum_warps, enable_fp_fusion=True,
             )  # fmt: skip
         if dp is not None:
             sums, dpos, dpos_weight, dpos_bias = pos_grads(

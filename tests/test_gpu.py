@@ -1,0 +1,215 @@
+"""What only a GPU can show: graphs, streams, devices, misaligned memory, huge tensors, repeatability, the sanitizers.
+
+The operators' own tests (test_operators.py and its neighbours) run on the GPU too, where there is one.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from cases import TENSORS, Case, check, fused, gradients
+
+import mpvg_kernels as mk
+from mpvg_kernels import backends
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU is visible"),
+]
+
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+OPS = ("norm", "pool")
+
+
+@pytest.fixture(params=("triton", "cuda"))
+def backend(request):
+    """The GPU backends, each chosen for the length of the test; skipped with its reason where it can't run."""
+    if request.param not in mk.available_backends("cuda"):
+        pytest.skip(f"{request.param}: {backends.status(request.param).reason}")
+    with mk.use_backend(request.param):
+        yield request.param
+
+
+def run(op: str, t: dict, case: Case) -> list[torch.Tensor]:
+    """Outputs and gradients of a call whose outputs all have gradients of ones."""
+    out, _ = fused(op, t, case)
+    out = {name: v for name, v in out.items() if v is not None}
+    grads = gradients(out, t, {name: torch.ones_like(v) for name, v in out.items()})
+    return [*(v.detach() for v in out.values()), *(g for g in grads.values() if g is not None)]
+
+
+def assert_same(a: list[torch.Tensor], b: list[torch.Tensor]) -> None:
+    assert len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("D", (192, 50))
+def test_graph_capture_and_replay(op, D, backend):
+    """A captured forward and backward, replayed on new data, gives the bits of an ordinary call."""
+    case = Case(6, 21, D, BF16, BF16, scale=True, device="cuda")
+    t = case.inputs()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # what compiles at the first call must not do so inside the capture
+        run(op, t, case)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run(op, t, case)
+    for seed in (1, 2):
+        other = Case(6, 21, D, BF16, BF16, scale=True, device="cuda", seed=seed).inputs()
+        with torch.no_grad():
+            for name, tensor in t.items():
+                tensor.copy_(other[name])
+        graph.replay()
+        assert_same(captured, run(op, other, case))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_runs_on_the_current_stream(op, backend):
+    """The kernels wait for what was queued before them on their stream, and for nothing on another."""
+    case = Case(4, 33, 96, device="cuda")
+    t = case.inputs()
+    want = run(op, t, case)
+    x = t["x"].detach().clone()
+    late = {**t, "x": torch.zeros_like(x).requires_grad_()}
+    run(op, late, case)
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)  # some 30 ms, before which x is still zero
+        with torch.no_grad():
+            late["x"].copy_(x)
+        got = run(op, late, case)
+    torch.cuda.synchronize()
+    assert_same(got, want)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_several_streams_at_once(op, backend):
+    cases = [Case(3 + i, 40, 192, BF16, BF16, seed=i, device="cuda") for i in range(4)]
+    inputs = [case.inputs() for case in cases]
+    want = [run(op, t, case) for t, case in zip(inputs, cases, strict=True)]
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in cases]
+    got = []
+    for _ in range(5):
+        got = []
+        for stream, t, case in zip(streams, inputs, cases, strict=True):
+            with torch.cuda.stream(stream):
+                got.append(run(op, t, case))
+    torch.cuda.synchronize()
+    for a, b in zip(got, want, strict=True):
+        assert_same(a, b)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_second_device(op, backend):
+    """Tensors on a device that is not the current one: the kernels run there, and the current device stays."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("there is one GPU")
+    assert torch.cuda.current_device() == 0
+    check(op, Case(3, 20, 192, BF16, BF16, scale=True, device="cuda:1"))
+    assert torch.cuda.current_device() == 0
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("dtype", (F32, BF16, F16), ids=str)
+@pytest.mark.parametrize("offset", (1, 2, 4, 7))
+@pytest.mark.parametrize("D", (192, 24))
+def test_misaligned_storage(op, dtype, offset, D, backend):
+    """Every tensor starts some elements into its storage, at no multiple of 16 bytes."""
+
+    def moved(v: torch.Tensor) -> torch.Tensor:
+        return torch.cat((v.new_zeros(offset), v.flatten()))[offset:].view(v.shape)
+
+    case = Case(3, 9, D, dtype, dtype, dtype, scale=True, device="cuda")
+    t = case.inputs()
+    t = {name: moved(v.detach()).requires_grad_(v.requires_grad) for name, v in t.items()}
+    check(op, case, t)
+    out = {name: v for name, v in fused(op, t, case)[0].items() if v is not None}
+    upstream = {name: torch.randn_like(v) for name, v in out.items()}
+    want = gradients(out, t, upstream)
+    got = gradients(fused(op, t, case)[0], t, {name: moved(u) for name, u in upstream.items()})
+    for name in TENSORS:
+        torch.testing.assert_close(got[name], want[name])
+
+
+# More than 2^31 elements: many samples, and one sample of that many.
+HUGE = {"samples": (14_400, 196, 768), "tokens": (1, 2_822_400, 768)}
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("size", HUGE)
+def test_past_2_to_31_elements(op, size, backend):
+    """The last rows of a huge tensor, whose offsets don't fit in 32 bits, come out as those of a small one."""
+    B, N, D = HUGE[size]
+    assert B * N * D > 2**31
+    needed, free = 8 * B * N * D * 2, torch.cuda.mem_get_info()[0]  # x, branch, h, y, dy, dh, dx and dbranch at most
+    if free < needed:
+        pytest.skip(f"needs {needed / 2**30:.0f} GiB of GPU memory, and {free / 2**30:.0f} GiB are free")
+    torch.cuda.empty_cache()
+    few = 5  # samples, or tokens, at the end
+    weight, bias = torch.randn(D, device="cuda"), torch.randn(D, device="cuda")
+    x = torch.zeros(B, N, D, device="cuda", dtype=BF16)
+    tail = (slice(-few, None),) if size == "samples" else (slice(None), slice(-few, None))
+    last = torch.randn(x[tail].shape, device="cuda", dtype=BF16)
+    x[tail] = last
+    x.requires_grad_()
+    small = last.clone().requires_grad_()
+    if op == "pool" and size == "tokens":  # the mean is over all of them: all but the last are zero, also normalised
+        out, want = mk.pe_norm_pool(x, weight, None) * (N / few), mk.pe_norm_pool(small, weight, None)
+    else:
+        call = mk.pe_norm_pool if op == "pool" else lambda *args: mk.pe_layer_norm(*args).y
+        out, want = call(x, weight, bias), call(small, weight, bias)
+        out = out[tail]
+    torch.testing.assert_close(out, want, rtol=2e-2, atol=2e-2)
+    grad = torch.randn_like(want)
+    (got,) = torch.autograd.grad(out, x, grad)
+    (expected,) = torch.autograd.grad(want, small, grad)
+    torch.testing.assert_close(got[tail], expected, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("shape", [(256, 196, 192), (64, 577, 768), (1024, 49, 96), (31, 197, 1280)], ids=str)
+def test_bitwise_repeatable(op, shape, backend):
+    """The same bits in every run at full size, with other work on the GPU or none."""
+    case = Case(*shape, BF16, BF16, scale=True, device="cuda")
+    t = case.inputs()
+    first = run(op, t, case)
+    busy, stop = torch.randn(2048, 2048, device="cuda"), torch.cuda.Stream()
+    for _ in range(3):
+        with torch.cuda.stream(stop):
+            for _ in range(10):
+                busy = torch.tanh(busy @ busy)
+        assert_same(run(op, t, case), first)
+    torch.cuda.synchronize()
+
+
+def sanitizer() -> str | None:
+    """compute-sanitizer's path, from PATH or the CUDA toolkit."""
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    found = [
+        shutil.which("compute-sanitizer"),
+        *(shutil.which("compute-sanitizer", path=f"{h}/bin") for h in homes if h),
+    ]
+    return next(filter(None, found), None)
+
+
+@pytest.mark.parametrize("tool", ("memcheck", "racecheck", "initcheck"))
+def test_sanitizer(tool):
+    """No access out of bounds, no race in shared memory, no read of what was never written, in any kernel."""
+    program = sanitizer()
+    if program is None:
+        pytest.skip("compute-sanitizer is not installed; it comes with the CUDA toolkit")
+    # Without the caching allocator each tensor has its own bounds, and is not "written" by the one before it.
+    env = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    command = [program, "--tool", tool, "--error-exitcode", "99", "--print-limit", "20"]
+    command += [sys.executable, str(Path(__file__).with_name("gpu_kernels.py"))]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    assert "every kernel ran and is right" in done.stdout
