@@ -244,7 +244,7 @@ def threads(count: int):
 
 
 def kernel_backends(device: str) -> list[str]:
-    """Our kernels that are worth timing on the device: not `reference`, and not GPU kernels that run on a CPU for tests."""
+    """Our kernels that are worth timing there: not `reference`, nor GPU kernels that run on a CPU for tests."""
     return [b for b in mk.available_backends(device) if b == "cpp" or (b != "reference" and device != "cpu")]
 
 
