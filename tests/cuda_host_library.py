@@ -48,7 +48,7 @@ def compile_objects(sources: list[Path], folder: Path, flags: list[str]) -> list
 def library() -> Path:
     """The shared library, built if it is not there for these sources and this torch."""
     digest = hashlib.sha256(f"{torch.__version__} {FLAGS}".encode())
-    headers = [*HOST.iterdir(), *(ROOT / "csrc").glob("*.h"), *(ROOT / "csrc/cpu").glob("*.h"), *KERNELS.iterdir()]
+    headers = [*HOST.iterdir(), *(ROOT / "csrc").glob("*.h"), *KERNELS.iterdir()]
     for source in sorted([*headers, Path(__file__)]):
         digest.update(source.name.encode() + source.read_bytes())
     target = ROOT / "build/cuda_host" / f"{digest.hexdigest()[:16]}.so"

@@ -203,6 +203,31 @@ def test_plain_x_is_the_stream(backend, device):
     assert t["x"].grad is not None
 
 
+@pytest.mark.parametrize("N", (1, 9))
+def test_a_row_does_not_depend_on_its_company(N, backend, device):
+    """Kernels take several rows at a time: one that needs more care (a common offset, say) changes no bit of the others."""
+    case = Case(9, N, 64, device=device)
+    t = case.inputs()
+    careful = {**t, "x": t["x"].detach().clone()}
+    careful["x"][2, N // 2] += 1e4
+    careful["x"][8, 0] *= 1e30
+    careful["x"].requires_grad_()
+    alone = {**t, "x": t["x"].detach()[3:4].clone().requires_grad_()}
+    g = torch.Generator().manual_seed(1)
+    upstream = torch.randn(9, N, 64, generator=g).to(device)
+    found = {}
+    for name, inputs in (("plain", t), ("careful", careful)):
+        out, _ = fused("norm", inputs, case)
+        found[name] = out["y"].detach(), gradients(out, inputs, {"y": upstream})["x"]
+    others = torch.ones(9, N, dtype=torch.bool, device=device)
+    others[2, N // 2] = others[8, 0] = False
+    for plain_rows, careful_rows in zip(found["plain"], found["careful"], strict=True):
+        assert torch.equal(plain_rows[others], careful_rows[others])
+    out, _ = fused("norm", alone, Case(1, N, 64, device=device))
+    assert torch.equal(out["y"], found["plain"][0][3:4])
+    assert torch.equal(gradients(out, alone, {"y": upstream[3:4]})["x"], found["plain"][1][3:4])
+
+
 @pytest.mark.parametrize("bad", (float("nan"), float("inf")))
 def test_non_finite_values_stay_in_their_row(bad, backend, device):
     case = Case(4, 5, 24, branch_dtype=F32, device=device)

@@ -6,12 +6,13 @@ namespace mpvg {
 std::tuple<Tensor, Tensor, Tensor, Tensor> pe_norm_pool_fwd(
     Tensor x, MaybeTensor branch, MaybeTensor branch_scale, Tensor weight, MaybeTensor bias, MaybeTensor pos, MaybeTensor pos_weight,
     MaybeTensor pos_bias, double eps, double pos_eps, int64_t num_prefix_tokens, ScalarType out_dtype, bool save) {
+  const OnCpu on;
   const int64_t B = x.size(0), N = x.size(1), D = x.size(2);
   const ScalarType x_dtype = x.scalar_type();
-  Output out(true, {B, D}, out_dtype);
-  Output h(branch && save, {B, N, D}, branch ? promote(x_dtype, branch->scalar_type()) : x_dtype);
-  Output stats(save, {2, B, N}, arithmetic(x_dtype));
-  Output s(save, {B, D}, arithmetic(x_dtype));
+  Output out(on, true, {B, D}, out_dtype);
+  Output h(on, branch && save, {B, N, D}, branch ? promote(x_dtype, branch->scalar_type()) : x_dtype);
+  Output stats(on, save, {2, B, N}, arithmetic(x_dtype));
+  Output s(on, save, {B, D}, arithmetic(x_dtype));
   kernels().pe_norm_pool_fwd({{B, N, D, num_prefix_tokens}, eps, pos_eps, view(x), view(branch), view(branch_scale), view(weight),
                               view(bias), view(pos), view(pos_weight), view(pos_bias)},
                              {out.view, h.view, stats.view, s.view}, parallel_for);
@@ -22,7 +23,7 @@ Grads pe_norm_pool_bwd(Tensor dout, Tensor h, Tensor stats, Tensor s, Tensor wei
                        MaybeTensor pos_weight, double pos_eps, int64_t num_prefix_tokens, ScalarType x_dtype, ScalarType branch_dtype,
                        int64_t grad_mask) {
   const Shape shape{h.size(0), h.size(1), h.size(2), num_prefix_tokens};
-  const GradOutputs grads(shape, grad_mask, x_dtype, branch_dtype, weight, pos, pos_weight);
+  const GradOutputs grads(OnCpu{}, shape, grad_mask, x_dtype, branch_dtype, weight, pos, pos_weight);
   kernels().pe_norm_pool_bwd(
       {shape, pos_eps, view(h), view(stats), view(branch_scale), view(weight), view(pos), view(pos_weight)}, view(dout), view(s),
       grads.views(), parallel_for);

@@ -286,16 +286,10 @@ struct False {
 struct True {
   static constexpr bool value = true;
 };
-// f(first, moments, rows, Centre) for the rows as one group if m1 = 0 for all of them, else one by one, each by its own moments: so a row's
-// result does not depend on its company.
-template <int R>
-struct Count {
-  static constexpr int value = R;
-};
+// f(Centre): whether any of the rows has an m1 to take off. For the others v - 0 is v, so a row's result does not depend on its company.
 template <class T, int R, class F>
 MPVG_INLINE void by_centre(const RowMoments<T, R>& m, F f) {
-  if (__builtin_expect(m.all_centred, true)) return f(0, m, Count<R>{}, False{});
-  for (int r = 0; r < R; ++r) m.one(r).all_centred ? f(r, m.one(r), Count<1>{}, False{}) : f(r, m.one(r), Count<1>{}, True{});
+  __builtin_expect(m.all_centred, true) ? f(False{}) : f(True{});
 }
 
 // ---- forward: h = x + s * f, its moments, y = hhat * w + t ----
@@ -354,14 +348,13 @@ void join_rows(Rows x_rows, Rows f_rows, Rows h_rows, T* buffer, bool streaming,
 
 // Last pass:  y = vhat * w + t, side by side
 template <class T, class Y, int R>
-void affine_rows(Rows y_rows, bool streaming, Rows v_rows, const RowMoments<T, R>& moments, const T* w, const T* t, int64_t D) {
-  by_centre<T, R>(moments, [&](int first, const auto& m, auto count, auto centring) MPVG_LAMBDA {
-    constexpr int G = decltype(count)::value;
-    constexpr bool Centre = decltype(centring)::value;
-    const auto y = each<G, Y>(y_rows.from(first));
-    const auto v = each<G, const T>(v_rows.from(first));
+void affine_rows(Rows y_rows, bool streaming, Rows v_rows, const RowMoments<T, R>& m, const T* w, const T* t, int64_t D) {
+  by_centre(m, [&](auto centring) MPVG_LAMBDA {
+    constexpr bool Centre = centring.value;
+    const auto y = each<R, Y>(y_rows);
+    const auto v = each<R, const T>(v_rows);
     const auto m1 = m.m1, rstd = m.rstd, shift = -m.m2 * rstd;
-    over<T, G, true>(D, [&](int64_t i, auto size, int r) MPVG_LAMBDA {
+    over<T, R, true>(D, [&](int64_t i, auto size, int r) MPVG_LAMBDA {
       const Vec<T> vhat = fma(centre<Centre>(load<T>(v[r] + i), at(m1, r)), Vec<T>(at(rstd, r)), Vec<T>(at(shift, r)));
       put(y[r] + i, fma(vhat, load<T>(w + i), load<T>(t + i)), size, streaming);
     });
@@ -436,15 +429,14 @@ MPVG_INLINE RowMoments<T, R> saved_moments(Group at_rows, int64_t N, int64_t D, 
 
 // sum += vhat, over R rows
 template <class T, int R>
-MPVG_INLINE void add_normalised(T* sum, Rows v_rows, const RowMoments<T, R>& moments, int64_t Dp) {
-  by_centre<T, R>(moments, [&](int first, const auto& m, auto count, auto centring) MPVG_LAMBDA {
-    constexpr int G = decltype(count)::value;
-    constexpr bool Centre = decltype(centring)::value;
-    const auto v = each<G, const T>(v_rows.from(first));
+MPVG_INLINE void add_normalised(T* sum, Rows v_rows, const RowMoments<T, R>& m, int64_t Dp) {
+  by_centre(m, [&](auto centring) MPVG_LAMBDA {
+    constexpr bool Centre = centring.value;
+    const auto v = each<R, const T>(v_rows);
     const auto m1 = m.m1, rstd = m.rstd, shift = -m.m2 * rstd;
     over_padded<T>(Dp, [&](int64_t i) MPVG_LAMBDA {
       Vec<T> a = load<T>(sum + i);
-      each_row<G>([&](int r) MPVG_LAMBDA {
+      each_row<R>([&](int r) MPVG_LAMBDA {
         a = a + fma(centre<Centre>(load<T>(v[r] + i), at(m1, r)), Vec<T>(at(rstd, r)), Vec<T>(at(shift, r)));
       });
       store(sum + i, a);
@@ -457,36 +449,29 @@ MPVG_INLINE void add_normalised(T* sum, Rows v_rows, const RowMoments<T, R>& mom
 // First pass over R rows v (of dtype V) whose mean and rstd are known: brings dy (of dtype G) and v into their buffers, unless these are
 // null because rows are used in place; finds the rest of their moments and their means.
 template <class T, class G, class V, int R, bool SideBySide>
-void find_grad_means(Rows dy_rows, T* dy_buffer, Rows v_rows, T* v_buffer, const T* w, RowMoments<T, R>& moments,
-                     GradRow<pack<T, R>>& grad, int64_t D, T inv_D) {
+void find_grad_means(Rows dy_rows, T* dy_buffer, Rows v_rows, T* v_buffer, const T* w, RowMoments<T, R>& m, GradRow<pack<T, R>>& grad,
+                     int64_t D, T inv_D) {
   const int64_t Dp = padded<T>(D);
-  by_centre<T, R>(moments, [&](int first, auto m, auto count, auto centring) MPVG_LAMBDA {
-    constexpr int S = decltype(count)::value;
-    constexpr bool Centre = decltype(centring)::value;
-    const auto dy = each<S, const G>(dy_rows.from(first));
-    const auto v = each<S, const V>(v_rows.from(first));
+  by_centre(m, [&](auto centring) MPVG_LAMBDA {
+    constexpr bool Centre = centring.value;
+    const auto dy = each<R, const G>(dy_rows);
+    const auto v = each<R, const V>(v_rows);
     const auto m1 = m.m1;
-    T* const dy_out = dy_buffer ? dy_buffer + first * Dp : nullptr;
-    T* const v_out = v_buffer ? v_buffer + first * Dp : nullptr;
-    Sum<T> s_c[S], s_g[S], s_gc[S];
-    over<T, S, SideBySide>(D, [&](int64_t i, auto size, int r) MPVG_LAMBDA {
+    Sum<T> s_c[R], s_g[R], s_gc[R];
+    over<T, R, SideBySide>(D, [&](int64_t i, auto size, int r) MPVG_LAMBDA {
       const Vec<T> dy_i = load<T>(dy[r] + i, size), v_i = load<T>(v[r] + i, size, at(m1, r));  // ends are padded so that c is 0
       const Vec<T> c = centre<Centre>(v_i, at(m1, r)), g = dy_i * load<T>(w + i);
       if constexpr (Centre) s_c[r].add(c);  // sum(c)
       s_g[r].add(g);                        // sum(g)
       s_gc[r].add_product(g, c);            // sum(g * c)
-      if (dy_out) store(dy_out + r * Dp + i, dy_i);
-      if (v_out) store(v_out + r * Dp + i, v_i);
+      if (dy_buffer) store(dy_buffer + r * Dp + i, dy_i);
+      if (v_buffer) store(v_buffer + r * Dp + i, v_i);
     });
-    if constexpr (Centre) m.m2 = totals<T, S>(s_c) * inv_D;
-    const auto row = grad_row<pack<T, S>>(m, grad_means<pack<T, S>>(m, totals<T, S>(s_g), totals<T, S>(s_gc), inv_D));
-    if constexpr (S == R) {
-      moments.m2 = m.m2, grad = row;
-    } else {
-      set(moments.m2, first, m.m2), set(grad.q, first, row.q), set(grad.k, first, row.k);
-    }
+    if constexpr (Centre) m.m2 = m1 == T(0) ? m.m2 : totals<T, R>(s_c) * inv_D;
+    grad = grad_row<pack<T, R>>(m, grad_means<pack<T, R>>(m, totals<T, R>(s_g), totals<T, R>(s_gc), inv_D));
   });
 }
+
 template <class T>
 auto choose_grad_means(Dtype dy, Dtype v) {
   return with_dtype<T>(dy, [&](auto g) {
@@ -506,47 +491,34 @@ enum class Also {
   sums,   // dw += dy * vhat;  sum += dy
 };
 template <class T, class DV, class DH, int R, Also also>
-void input_gradients(Rows dv_rows, bool streaming, Rows dh_rows, Rows dy_rows, const T* w, Rows v_rows, const RowMoments<T, R>& moments,
+void input_gradients(Rows dv_rows, bool streaming, Rows dh_rows, Rows dy_rows, const T* w, Rows v_rows, const RowMoments<T, R>& m,
                      const GradRow<pack<T, R>>& grad, const T* scales, T* dw, T* sum, int64_t D) {
   constexpr bool has_dh = !__is_same(DH, None), Sums = also == Also::sums;
   using DH_ = typename Promote<DH, None>::type;
-  by_centre<T, R>(moments, [&](int first, const auto& m, auto count, auto centring) MPVG_LAMBDA {
-    constexpr int G = decltype(count)::value;
-    constexpr bool Centre = decltype(centring)::value;
-    const auto dv = each<G, DV>(dv_rows.from(first));
-    const auto dh = each<G, const DH_>(dh_rows.from(first));
-    const auto dy = each<G, const T>(dy_rows.from(first));
-    const auto v = each<G, const T>(v_rows.from(first));
-    const auto s = each<also == Also::scale ? G : 0>(scales + first);
-    const auto m1 = m.m1, rstd = m.rstd, shift = -m.m2 * rstd;
-    Each<G, T> q, k;
-    each_row<G>([&](int r) MPVG_LAMBDA { q[r] = at(grad.q, first + r), k[r] = at(grad.k, first + r); });
+  by_centre(m, [&](auto centring) MPVG_LAMBDA {
+    constexpr bool Centre = centring.value;
+    const auto dv = each<R, DV>(dv_rows);
+    const auto dh = each<R, const DH_>(dh_rows);
+    const auto dy = each<R, const T>(dy_rows), v = each<R, const T>(v_rows);
+    const auto s = each<also == Also::scale ? R : 0>(scales);
+    const auto m1 = m.m1, rstd = m.rstd, shift = -m.m2 * rstd, q = grad.q, k = grad.k;
     const auto at_each = [&](int64_t i, auto size) MPVG_LAMBDA {
       const Vec<T> w_i = load<T>(w + i);
       Vec<T> dw_i, sum_i;
       if constexpr (Sums) dw_i = load<T>(dw + i), sum_i = load<T>(sum + i);
-      each_row<G>([&](int r) MPVG_LAMBDA {
-        const Vec<T> dy_i = load<T>(dy[r] + i), c = centre<Centre>(load<T>(v[r] + i), at(m1, r));
-        Vec<T> d = fma(c, Vec<T>(k[r]), dy_i * w_i - Vec<T>(q[r]));
-        if constexpr (has_dh) {
-          d = fma(Vec<T>(at(rstd, r)), d, load<T>(dh[r] + i, size));
-        } else {
-          d = Vec<T>(at(rstd, r)) * d;
-        }
+      each_row<R>([&](int r) MPVG_LAMBDA {
+        const Vec<T> dy_i = load<T>(dy[r] + i), c = centre<Centre>(load<T>(v[r] + i), at(m1, r)), scale(at(rstd, r));
+        Vec<T> d = fma(c, Vec<T>(at(k, r)), dy_i * w_i - Vec<T>(at(q, r)));
+        if constexpr (has_dh) d = fma(scale, d, load<T>(dh[r] + i, size));
+        if constexpr (!has_dh) d = scale * d;
         if constexpr (also == Also::scale) d = Vec<T>(s[r]) * d;
         put(dv[r] + i, d, size, streaming);
-        if constexpr (Sums) {
-          dw_i = fma(dy_i, fma(c, Vec<T>(at(rstd, r)), Vec<T>(at(shift, r))), dw_i);
-          sum_i = sum_i + dy_i;
-        }
+        if constexpr (Sums) dw_i = fma(dy_i, fma(c, scale, Vec<T>(at(shift, r))), dw_i), sum_i = sum_i + dy_i;
       });
       if constexpr (Sums) store(dw + i, dw_i), store(sum + i, sum_i);
     };
-    if constexpr (G == 1) {
-      over_row<T>(D, at_each);
-    } else {
-      over_padded<T>(D, [&](int64_t i) MPVG_LAMBDA { at_each(i, Whole{}); });
-    }
+    if constexpr (R == 1) over_row<T>(D, at_each);
+    if constexpr (R > 1) over_padded<T>(D, [&](int64_t i) MPVG_LAMBDA { at_each(i, Whole{}); });
   });
 }
 template <class T, Also also>

@@ -5,7 +5,8 @@
 
 #include <cuda_runtime.h>
 #include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/tensor.h>
+
+#include "../host.h"
 
 #define MPVG_DISPATCH_KEY CUDA
 
@@ -24,11 +25,7 @@ struct OnDevice {
   }
 
   torch::stable::Tensor empty(int64_t ndim, const int64_t* sizes, const int64_t* strides, torch::headeronly::ScalarType dtype) const {
-    AtenTensorHandle handle;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(ndim, sizes, strides,
-                                                           torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
-                                                           aoti_torch_device_type_cuda(), index, &handle));
-    return torch::stable::Tensor(handle);
+    return empty_on(aoti_torch_device_type_cuda(), index, ndim, sizes, strides, dtype);
   }
 };
 

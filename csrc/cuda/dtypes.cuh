@@ -10,7 +10,7 @@
 #include <cuda_pipeline_primitives.h>
 #include <cuda_runtime.h>
 
-#include "../cpu/kernels.h"
+#include "../arguments.h"
 
 #define MPVG_HD __host__ __device__
 #define MPVG_ISA cuda

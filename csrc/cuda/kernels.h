@@ -1,10 +1,10 @@
-// The interface between the operators (which know torch) and their launchers (which do not). Arguments as in ../cpu/kernels.h; data lies
+// The interface between the operators (which know torch) and their launchers (which do not). Arguments as in ../arguments.h; data lies
 // on the current device, work goes to `stream`.
 #pragma once
 
 #include <cuda_runtime.h>
 
-#include "../cpu/kernels.h"
+#include "../arguments.h"
 
 namespace mpvg::cuda {
 

@@ -12,7 +12,7 @@
 #include <string>
 #include <utility>
 
-#include "../cpu/kernels.h"
+#include "../arguments.h"
 
 namespace mpvg::cuda {
 

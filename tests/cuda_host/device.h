@@ -4,8 +4,8 @@
 #define MPVG_CUDA_DEVICE_H
 
 #include <cuda_runtime.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/tensor.h>
+
+#include "../../csrc/host.h"
 
 #define MPVG_DISPATCH_KEY CPU
 
@@ -17,11 +17,7 @@ struct OnDevice {
   explicit OnDevice(const torch::stable::Tensor&) {}
 
   torch::stable::Tensor empty(int64_t ndim, const int64_t* sizes, const int64_t* strides, torch::headeronly::ScalarType dtype) const {
-    AtenTensorHandle handle;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(ndim, sizes, strides,
-                                                           torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
-                                                           aoti_torch_device_type_cpu(), 0, &handle));
-    torch::stable::Tensor t(handle);
+    torch::stable::Tensor t = empty_on(aoti_torch_device_type_cpu(), 0, ndim, sizes, strides, dtype);
     if (const int64_t bytes = t.numel() * int64_t(t.element_size())) std::memset(t.data_ptr(), 0xff, size_t(bytes));
     return t;
   }

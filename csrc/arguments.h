@@ -1,0 +1,54 @@
+// Plain arguments of the kernels, on every device: what torch's tensors become at the border (host.h) between the operators, which know
+// torch, and the kernels, which do not.
+//
+// Tensors are described by View; an absent optional argument, or a gradient that nobody asked for, is a View that tests false.
+// Every row of D elements is contiguous; rows may lie anywhere (any strides, 0 included, in elements).
+#pragma once
+
+#include <cstdint>
+
+namespace mpvg {
+
+enum class Dtype : int8_t { absent, f32, bf16, f16, f64 };
+
+constexpr int64_t bytes(Dtype t) { return t == Dtype::f64 ? 8 : t == Dtype::f32 ? 4 : 2; }
+
+struct View {
+  void* data = nullptr;
+  Dtype dtype = Dtype::absent;
+  int64_t stride_b = 0, stride_n = 0;  // of a (B, N, D) tensor; one with two axes has stride_n alone
+
+  explicit operator bool() const { return dtype != Dtype::absent; }  // an empty tensor has no data, but is there
+  void* at(int64_t b, int64_t n) const { return static_cast<char*>(data) + (b * stride_b + n * stride_n) * bytes(dtype); }
+};
+
+struct Shape {
+  int64_t B, N, D;
+  int64_t prefix;  // the first rows of each sample, which get no PE
+};
+
+// The inputs of both forwards: h = x + scale[b] * branch, normalised; PE = LN(pos).
+struct Inputs {
+  Shape shape;
+  double eps, pos_eps;
+  View x, branch, scale, weight, bias, pos, pos_weight, pos_bias;
+};
+
+// What both backwards share. stats is (2, B, N): m1, then rstd, in the dtype of the arithmetic.
+struct Saved {
+  Shape shape;
+  double pos_eps;
+  View h, stats, scale, weight, pos, pos_weight;
+};
+struct Gradients {
+  View x, branch, weight, bias, pos, pos_weight, pos_bias;
+};
+
+struct PELayerNormOutputs {
+  View y, h, pos_out, stats;
+};
+struct PENormPoolOutputs {
+  View out, h, stats, s;
+};
+
+}  // namespace mpvg
