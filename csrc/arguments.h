@@ -34,7 +34,8 @@ struct Inputs {
   View x, branch, scale, weight, bias, pos, pos_weight, pos_bias;
 };
 
-// What both backwards share. stats is (2, B, N): m1, then rstd, in the dtype of the arithmetic.
+// What both backwards share. stats is (2, B, N): a mean and rstd for each row, in the dtype of the arithmetic, as the same backend's forward
+// left them (the CPU's says more by the sign of rstd).
 struct Saved {
   Shape shape;
   double pos_eps;

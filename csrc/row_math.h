@@ -22,21 +22,27 @@ struct Moments {
 };
 
 // Whether m1 = 0 will do: a row whose mean is at most its deviation loses nothing by sums over v itself, so that one pass finds its moments
-// (m2 is then the mean). False for NaN, where v^2 has overflowed, and for rows of one element, whose vhat is exactly 0 only as v - m1.
+// (m2 is then the mean). False for NaN, and where v^2 has overflowed. var is the row's own, without eps: a row may be flat against eps.
 template <class T>
-MPVG_HD inline bool centred(T mean, T rstd, int64_t D) {
-  return D > 1 && rstd > T(0) && (mean < T(0) ? -mean : mean) * rstd <= T(1);
+MPVG_HD inline bool centred(T mean, T var, T rstd) {
+  return rstd > T(0) && mean * mean <= var;
 }
 
 // The correctly rounded root, in the type's own precision: a device has no cheap double.
 MPVG_HD inline float square_root(float x) { return __builtin_sqrtf(x); }
 MPVG_HD inline double square_root(double x) { return __builtin_sqrt(x); }
 
+// From sum(c) / D = m2 and sum(c^2)
+template <class P, class T>
+MPVG_HD inline P variance(P m2, P sum_cc, T inv_D) {
+  return sum_cc * inv_D - m2 * m2;
+}
+
 // From m1, sum(c) and sum(c^2), with inv_D = 1 / D. A NaN must pass the clamp, hence "var < 0" and not max().
 template <class P, class T>
 MPVG_HD inline Moments<P> moments(P m1, P sum_c, P sum_cc, T inv_D, T eps) {
   const P m2 = sum_c * inv_D;
-  const P var = sum_cc * inv_D - m2 * m2;
+  const P var = variance(m2, sum_cc, inv_D);
   return {m1, m2, T(1) / square_root((var < T(0) ? P{} : var) + eps)};
 }
 

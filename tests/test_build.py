@@ -187,20 +187,30 @@ def test_extension_needs_only_the_stable_abi(part, calls):
 
 @needs_extension
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
-def test_instruction_set_can_be_lowered(isa):
+@pytest.mark.parametrize("D", [33, 64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_instruction_set_can_be_lowered(isa, D, dtype):
     """MPVG_CPU_ISA and the operator `cpu_isa` choose the kernels; the results agree."""
     assert "cpp" in mk.available_backends()
     cpu_isa = torch.ops.mpvg.cpu_isa
-    x, w = torch.randn(3, 5, 33), torch.randn(33)
+    x, w = torch.randn(9, 5, D, dtype=dtype, requires_grad=True), torch.randn(D, dtype=dtype, requires_grad=True)
+    with torch.no_grad():
+        x[2, 3] += 100  # one row among others whose mean is large
     fastest = cpu_isa("")
+
+    def results():
+        y = mk.pe_layer_norm(x, w, None).y
+        pooled = mk.pe_norm_pool(x, w, None)
+        return y, pooled, *torch.autograd.grad(y.square().sum() + pooled.sum(), (x, w))
+
     with mk.use_backend("cpp"):
-        want = mk.pe_layer_norm(x, w, None).y
+        want = results()
         try:
             assert cpu_isa(isa).startswith(isa)
         except RuntimeError:
             pytest.skip(f"this machine has no {isa}")
         try:
-            torch.testing.assert_close(mk.pe_layer_norm(x, w, None).y, want)
+            torch.testing.assert_close(results(), want, rtol=1e-4, atol=1e-4)
         finally:
             assert cpu_isa("") == fastest
     code = f"import torch; torch.ops.load_library(r'{BUILT[0]}'); print(torch.ops.mpvg.cpu_isa())"

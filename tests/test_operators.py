@@ -51,13 +51,14 @@ DTYPES = [
 
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("dtypes", DTYPES, ids=lambda d: "-".join(str(x).split(".")[-1] for x in d))
-def test_dtypes(op, dtypes, backend, device):
+@pytest.mark.parametrize("D", (40, 64))  # ragged, and whole vectors in every dtype
+def test_dtypes(op, dtypes, D, backend, device):
     x, branch, param, out = dtypes
     if x == F64 and backend in ("triton", "cuda"):
         with pytest.raises(TypeError, match="float64"):
             fused(op, Case(dtype=F64, param_dtype=F64, device=device).inputs(), Case())
         return
-    check(op, Case(4, 6, 40, x, branch, param, out, scale=branch is not None, device=device))
+    check(op, Case(4, 6, D, x, branch, param, out, scale=branch is not None, device=device))
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -133,6 +134,17 @@ def test_outliers_and_flat_rows(op, backend, device):
 def test_no_eps(op, N, backend, device):
     """eps=0: the rows past the end of a tile have no variance, so no finite rstd, and must not reach the others."""
     check(op, Case(3, N, 16, eps=0.0, branch_dtype=F32, device=device))
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("spread,offset", [(5e-6, 50), (1e-6, 500), (0, 5e-4), (1.0, 0.99), (1.0, 1.01)])
+def test_rows_flat_against_eps_or_their_mean(op, spread, offset, backend, device):
+    """The mean is large against the row's deviation, and both may be small against sqrt(eps); or they are about equal."""
+    for D in (64, 384):
+        case = Case(4, 17, D, pos=False, bias=False, device=device)
+        t = case.inputs()
+        x = (torch.randn_like(t["x"].detach()) + offset) * spread if spread else torch.full_like(t["x"].detach(), offset)
+        check(op, case, t | {"x": x.requires_grad_()})
 
 
 LAYOUTS = {

@@ -127,7 +127,7 @@ void pe_layer_norm_bwd(const Saved& in, View dy_BND, View dh_BND, View dpos_out,
       const auto step = [&](Group at, auto together) MPVG_LAMBDA {
         constexpr int R = together.rows;
         const Rows dy_rows = at.of(dy_BND), h_rows = at.of(in.h), dh_rows = at.of(dh_BND);
-        RowMoments<T, R> m = saved_moments<T, R>(at, N, D, mean, rstd);
+        RowMoments<T, R> m = saved_moments<T, R>(at, N, mean, rstd);
         GradRow<pack<T, R>> k;
         find.with(together)(dy_rows, dy_in_place ? nullptr : dy_buffer, h_rows, h_in_place ? nullptr : h_buffer, w, m, k, D, inv_D);
         const Rows dy = dy_in_place ? dy_rows : Rows{dy_buffer, row_bytes}, h = h_in_place ? h_rows : Rows{h_buffer, row_bytes};

@@ -134,7 +134,7 @@ void pool_input_gradients(const Saved& in, View dout_BD, const T* w, const Gradi
       const auto step = [&](Group at, auto together) MPVG_LAMBDA {
         constexpr int R = together.rows;
         const Rows h_rows = at.of(in.h), h = h_in_place ? h_rows : Rows{buffer, Dp * int64_t(sizeof(T))};
-        RowMoments<T, R> m = saved_moments<T, R>(at, N, D, mean, rstd);
+        RowMoments<T, R> m = saved_moments<T, R>(at, N, mean, rstd);
         GradRow<pack<T, R>> g;
         find.with(together)(dy, nullptr, h_rows, h_in_place ? nullptr : buffer, w, m, g, D, T(1) / T(D));
         if (grad.x) dx(together, at.of(grad.x), streaming, {}, dy, w, h, m, g, nullptr, nullptr, {}, D);

@@ -265,14 +265,6 @@ struct RowMoments : Moments<pack<T, R>> {
   MPVG_INLINE void set_row(int r, Moments<T> m) { set(this->m1, r, m.m1), set(this->m2, r, m.m2), set(this->rstd, r, m.rstd); }
 };
 
-// From a mean (as m2) and rstd for each row; m1 and m2 of rows that are not `centred` are still to be found.
-template <class T, int R>
-MPVG_INLINE bool all_centred(const Moments<pack<T, R>>& m, int64_t D) {
-  bool all = true;
-  each_row<R>([&](int r) MPVG_LAMBDA { all &= centred(at(m.m2, r), at(m.rstd, r), D); });
-  return all;
-}
-
 // c = v - m1, where m1 is not 0 by the row's moments
 template <bool Centre, class T>
 MPVG_INLINE Vec<T> centre(Vec<T> v, T m1) {
@@ -335,12 +327,14 @@ void join_rows(Rows x_rows, Rows f_rows, Rows h_rows, T* buffer, bool streaming,
     ss[r].add_product(v, v);  // sum(v^2)
     if (joined || buffer) store(buffer + r * Dp + i, v);
   });
-  const pack<T, R> sum = totals<T, R>(s);
-  static_cast<Moments<pack<T, R>>&>(m) = moments(pack<T, R>{}, sum, totals<T, R>(ss), T(1) / T(D), eps);
-  m.all_centred = all_centred<T, R>(m, D);
+  const T inv_D = T(1) / T(D);
+  const pack<T, R> sum = totals<T, R>(s), sum_sq = totals<T, R>(ss);
+  static_cast<Moments<pack<T, R>>&>(m) = moments(pack<T, R>{}, sum, sum_sq, inv_D, eps);
+  const pack<T, R> var = variance(m.m2, sum_sq, inv_D);
+  m.all_centred = true;
+  each_row<R>([&](int r) MPVG_LAMBDA { m.all_centred &= centred(at(m.m2, r), at(var, r), at(m.rstd, r)); });
   for (int r = 0; !m.all_centred && r < R; ++r) {
-    const Moments<T> own = m.of(r);
-    if (centred(own.m2, own.rstd, D)) continue;
+    if (centred(at(m.m2, r), at(var, r), at(m.rstd, r))) continue;
     T* const row = buffer ? buffer + r * Dp : nullptr;
     m.set_row(r, centred_moments(row ? row : reinterpret_cast<const T*>(x[r]), row, at(sum, r), D, eps));
   }
@@ -401,29 +395,30 @@ struct Stream {
   }
 };
 
-// Saves mean and rstd of the group's rows, into (B, N) arrays.
+// Saves mean and rstd of the group's rows, into (B, N) arrays. A negative rstd says that the mean has to be taken off the row first: the
+// backward can't tell, as it does not know eps.
 template <class T, int R>
 MPVG_INLINE void save_moments(const RowMoments<T, R>& m, Group at_rows, int64_t N, T* mean, T* rstd) {
   each_row<R>([&](int r) MPVG_LAMBDA {
     const int64_t row = at_rows.sample(r) * N + at_rows.token(r);
     const Moments<T> own = m.of(r);
-    mean[row] = own.m1 == T(0) ? own.m2 : own.m1, rstd[row] = own.rstd;
+    const bool is_centred = own.m1 == T(0);
+    mean[row] = is_centred ? own.m2 : own.m1, rstd[row] = is_centred ? own.rstd : -own.rstd;
   });
 }
-// The same back; m2 of rows that are not centred is still to be found.
+// The same back; m2 of rows with an m1 is still to be found.
 template <class T, int R>
-MPVG_INLINE RowMoments<T, R> saved_moments(Group at_rows, int64_t N, int64_t D, const T* mean, const T* rstd) {
+MPVG_INLINE RowMoments<T, R> saved_moments(Group at_rows, int64_t N, const T* mean, const T* rstd) {
   RowMoments<T, R> m;
   m.m1 = pack<T, R>{};
+  m.all_centred = true;
   each_row<R>([&](int r) MPVG_LAMBDA {
     const int64_t row = at_rows.sample(r) * N + at_rows.token(r);
     set(m.m2, r, mean[row]), set(m.rstd, r, rstd[row]);
+    m.all_centred &= rstd[row] > T(0);
   });
-  m.all_centred = all_centred<T, R>(m, D);
-  for (int r = 0; !m.all_centred && r < R; ++r) {
-    const Moments<T> own = m.of(r);
-    if (!centred(own.m2, own.rstd, D)) m.set_row(r, {own.m2, T(0), own.rstd});
-  }
+  for (int r = 0; !m.all_centred && r < R; ++r)
+    if (const Moments<T> own = m.of(r); !(own.rstd > T(0))) m.set_row(r, {own.m2, T(0), -own.rstd});
   return m;
 }
 

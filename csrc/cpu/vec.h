@@ -321,7 +321,7 @@ MPVG_INLINE void each_row(F f) {
 MPVG_INLINE pack<float, 4> square_root(pack<float, 4> x) { return (pack<float, 4>)_mm_sqrt_ps((__m128)x); }
 #endif
 template <class P>
-MPVG_INLINE auto square_root(P x) -> decltype(x[0], x) {
+MPVG_INLINE auto square_root(P x) -> decltype(x[0], P(x)) {
   for (unsigned r = 0; r < sizeof(P) / sizeof(x[0]); ++r) x[r] = __builtin_sqrt(x[r]);
   return x;
 }
