@@ -218,7 +218,7 @@ def test_plain_x_is_the_stream(backend, device):
 
 @pytest.mark.parametrize("N", (1, 9))
 def test_a_row_does_not_depend_on_its_company(N, backend, device):
-    """Kernels take several rows at a time: one that needs more care (a common offset, say) changes no bit of the others."""
+    """Kernels take several rows at a time: one that needs more care (a common offset) changes no bit of the others."""
     case = Case(9, N, 64, device=device)
     t = case.inputs()
     careful = {**t, "x": t["x"].detach().clone()}
