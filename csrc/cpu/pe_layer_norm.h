@@ -8,8 +8,8 @@
 namespace mpvg::MPVG_ISA {
 
 // A tile's rows of T share the L2 with the streams that go by. Longer is better for the hardware's prefetching, which stops where a
-// sample's part of the tile ends, shorter for the number of units. (Tried: 16 KB cost 1.5x the time of 256 KB; with software prefetching
-// 128 KB costs no more than 256 KB.)
+// sample's part of the tile ends, shorter for the number of units. (Tried: 16 KB cost 1.5x the time of 256 KB. Software
+// prefetching costs 1.1 to 1.4x: it stalls on the line fill buffers, and the hardware does it without.)
 constexpr int64_t kTileBytes = 128 << 10;
 // Samples in a slice. The backward's partial sums are 8 / kBackwardSlice bytes read and written per element of x, and plain fp32 sums.
 constexpr int64_t kForwardSlice = 4, kBackwardSlice = 8;
