@@ -1,6 +1,8 @@
 """Vision transformers whose position embedding travels by a `PositionScheme`; importing this registers them in timm."""
 
-from .mpvg_deit import MPVGVisionTransformer, checkpoint_filter_fn, load_weights
+from . import mpvg_deit  # noqa: F401  (registers)
+from .mpvg_vit import MPVGVisionTransformer
 from .position_scheme import NAMED_SCHEMES, PositionScheme
+from .weights import checkpoint_filter_fn, load_weights
 
 __all__ = ["NAMED_SCHEMES", "MPVGVisionTransformer", "PositionScheme", "checkpoint_filter_fn", "load_weights"]

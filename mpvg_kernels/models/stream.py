@@ -1,0 +1,43 @@
+"""What the blocks of every architecture share: how the residual stream travels, and the norms that stand in for timm's.
+
+Between blocks travel (x, branch, branch_scale, pos): the output of a sub-layer is not added to the stream by a kernel
+of its own but handed on, and the next fused norm reads both and writes the sum that it normalises. An add of its own
+remains only where the stream is wanted as such: at intermediates that are taken out, and at the end of a checkpointed
+block, which would else keep two tensors for one.
+"""
+
+from typing import Any
+
+from timm.layers import LayerNorm, get_norm_layer
+from torch import Tensor, nn
+
+from ..ops.common import join
+
+
+def draw_drop_path(drop_path: nn.Module, branch: Tensor) -> Tensor | None:
+    """Stochastic depth's factors (B,) for a branch, drawn as timm's DropPath draws them; None where it does nothing."""
+    drop_prob = getattr(drop_path, "drop_prob", 0.0)
+    if drop_prob == 0.0 or not drop_path.training:
+        return None
+    keep_prob = 1.0 - drop_prob
+    factor = branch.new_empty((branch.shape[0], 1, 1)).bernoulli_(keep_prob)
+    if keep_prob > 0.0 and drop_path.scale_by_keep:
+        factor.div_(keep_prob)
+    return factor.view(-1)
+
+
+def run_and_join(block: nn.Module, *args: Any) -> tuple[Tensor, Tensor | None]:
+    """A block with its branch added at the end: (stream, pos)."""
+    x, branch, branch_scale, pos = block(*args)
+    return join(x, branch, branch_scale), pos
+
+
+def make_layer_norm(norm_layer: Any, dim: int) -> nn.LayerNorm:
+    """What `norm_layer` makes, checked to be a LayerNorm that the fused norms can stand for."""
+    norm = (get_norm_layer(norm_layer) or LayerNorm)(dim, device="meta")
+    if type(norm) not in (nn.LayerNorm, LayerNorm) or norm.weight is None:
+        raise ValueError(
+            f"norm_layer={norm_layer!r} makes {norm}: the fused norms stand for LayerNorm with learned scale only; "
+            "leave it out, or pass partial(nn.LayerNorm, eps=...)"
+        )
+    return norm

@@ -1,0 +1,143 @@
+"""Checkpoints of other models, grids and schemes, converted to fit a model of this package."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from timm.layers import resample_abs_pos_embed
+from timm.models._input import get_pretrained_grid_size
+from torch import Tensor
+
+from .mpvg_vit import MPVGVisionTransformer
+
+__all__ = ["checkpoint_filter_fn", "load_weights"]
+
+_logger = logging.getLogger(__name__)
+
+
+def checkpoint_filter_fn(
+    state_dict: Mapping[str, Any], model: MPVGVisionTransformer, grid: tuple[int, int] | None = None
+) -> dict[str, Tensor]:
+    """Convert a checkpoint of timm's DeiT or ViT, or of another size of this model, to fit `model`.
+
+    The class token and its PE slot are dropped for a pooled scheme, PE tables are resampled to the model's grid, patch
+    weights to its patch size, and the PE LayerNorms of a checkpoint that has none start at the identity. One log line
+    says what was done. Names and shapes are not checked here: `load_weights` does.
+
+    Args:
+        state_dict: parameters by name, or a checkpoint with them under "model" or "state_dict".
+        model: where they are to be loaded.
+        grid: the (rows, columns) of patches that the checkpoint's table was learned for. Left out, it is taken from
+            timm's record of the checkpoint's image size, or is the model's own if the number of rows says so.
+
+    Raises:
+        ValueError: the grid of the checkpoint's table is not known, or does not fit the table.
+    """
+    state_dict = state_dict.get("model", state_dict)
+    state_dict = state_dict.get("state_dict", state_dict)
+    tables = {k: v for k, v in state_dict.items() if k == "pos_embed" or k.startswith("layer_pos_embed.")}
+    others = {k: v for k, v in state_dict.items() if k not in tables}
+    out = model.rename_checkpoint(others)
+    done = []
+
+    source_prefix = sum(out[k].shape[1] for k in ("cls_token", "reg_token") if k in out)
+    drop_class_token = "cls_token" in out and model.cls_token is None
+    if drop_class_token:
+        del out["cls_token"]
+        done.append("dropped the class token")
+    new_grid = tuple(model.patch_embed.grid_size)
+    patch_weight = state_dict.get("patch_embed.proj.weight")
+    for name, table in tables.items():
+        old_grid, prefix = _source_grid(model, name, table, source_prefix, grid, patch_weight)
+        if drop_class_token and prefix:
+            table, prefix = table[:, 1:], prefix - 1
+            done.append(f"dropped the class token's row of {name}")
+        if old_grid != new_grid:
+            table = resample_abs_pos_embed(table, new_size=new_grid, old_size=old_grid, num_prefix_tokens=prefix)
+            done.append(f"resampled {name} from {old_grid[0]}x{old_grid[1]} to {new_grid[0]}x{new_grid[1]}")
+        out[name] = table
+    if not any(k.endswith("pos_weight") for k in out):
+        own = model.state_dict()
+        scales = {k: torch.ones_like(v) for k, v in own.items() if k.endswith(".pos_weight")}
+        shifts = {k: torch.zeros_like(v) for k, v in own.items() if k.endswith(".pos_bias")}
+        if scales:
+            out.update(scales | shifts)
+            done.append(f"{len(scales)} PE LayerNorms start at the identity")
+    if done:
+        _logger.info("Converted a checkpoint to position scheme %s: %s.", model.scheme, "; ".join(done))
+    return out
+
+
+def _source_grid(
+    model: MPVGVisionTransformer,
+    name: str,
+    table: Tensor,
+    num_prefix_tokens: int,
+    grid: tuple[int, int] | None,
+    patch_weight: Tensor | None,
+) -> tuple[tuple[int, int], int]:
+    """The grid that a checkpoint's table was learned for, and how many of its rows are prefix tokens'.
+
+    Never a square root: 196 rows are 14x14 or 7x28, and only a record of the image size tells which.
+    """
+    rows = table.shape[1]
+    if grid is not None:
+        prefix = rows - grid[0] * grid[1]
+        if prefix not in (0, num_prefix_tokens):
+            raise ValueError(
+                f"{name} of the checkpoint has {rows} rows, which is no grid of {grid[0]}x{grid[1]} patches with or "
+                f"without {num_prefix_tokens} prefix tokens"
+            )
+        return tuple(grid), prefix
+    own = tuple(model.patch_embed.grid_size)
+    found = []
+    for prefix in sorted({num_prefix_tokens, 0}, reverse=True):
+        recorded = get_pretrained_grid_size(model, patch_weight, rows - prefix)
+        if recorded is not None and "img_size" in getattr(model, "pretrained_model_args", {}):
+            return recorded, prefix
+        grids = {recorded, own if own[0] * own[1] == rows - prefix else None} - {None}
+        found += [(candidate, prefix) for candidate in sorted(grids)]
+    if len(found) != 1:
+        why = f"it may be any of {[g for g, _ in found]}" if found else "its number of rows fits no known image size"
+        raise ValueError(
+            f"the grid of the checkpoint's {name} with {rows} rows ({num_prefix_tokens} prefix tokens) is not known: "
+            f"{why}; pass grid=(rows, columns) of patches to load_weights or checkpoint_filter_fn"
+        )
+    return found[0]
+
+
+def load_weights(
+    model: MPVGVisionTransformer, state_dict: Mapping[str, Any], *, grid: tuple[int, int] | None = None
+) -> None:
+    """Load a checkpoint, converted by `checkpoint_filter_fn`, into `model`; every name and shape must fit.
+
+    Args: as `checkpoint_filter_fn`.
+
+    Raises:
+        ValueError: the weights are of another model; the message lists what is missing, unexpected and mis-shaped.
+    """
+    weights = checkpoint_filter_fn(state_dict, model, grid)
+    own = model.state_dict()
+    problems = {
+        "missing": [k for k in own if k not in weights],
+        "unexpected": [k for k in weights if k not in own],
+        "mis-shaped": [
+            f"{k} {tuple(v.shape)}, expected {tuple(own[k].shape)}"
+            for k, v in weights.items()
+            if k in own and v.shape != own[k].shape
+        ],
+    }
+    text = "; ".join(
+        f"{len(names)} {kind} ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''})"
+        for kind, names in problems.items()
+        if names
+    )
+    if text:
+        raise ValueError(
+            f"these weights are of another model than this one (position scheme {model.scheme}, depth "
+            f"{len(model.blocks)}, width {model.embed_dim}, {model.num_classes} classes): {text}"
+        )
+    model.load_state_dict(weights)
