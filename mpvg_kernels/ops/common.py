@@ -31,7 +31,8 @@ BACKWARD_ARGS = (
     "ScalarType x_dtype, ScalarType branch_dtype, int grad_mask"
 )
 GRADS = (
-    "(Tensor? dx, Tensor? dbranch, Tensor? dweight, Tensor? dbias, Tensor? dpos, Tensor? dpos_weight, Tensor? dpos_bias)"
+    "(Tensor? dx, Tensor? dbranch, Tensor? dweight, Tensor? dbias, Tensor? dpos, Tensor? dpos_weight, "
+    "Tensor? dpos_bias)"
 )
 
 
