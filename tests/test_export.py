@@ -95,7 +95,7 @@ def test_plain_program_needs_no_package(model, tmp_path):
 
 
 def test_program_keeps_its_kernels(cpp, model):
-    """The choice at the export holds, whatever is chosen when the program runs; decompositions leave operators whole."""
+    """The choice at the export holds, whatever is chosen later; decompositions leave the operators whole."""
     program = export(model)
     x = torch.randn(4, 3, 32, 32)
     with mk.use_backend("reference"), torch.no_grad():
