@@ -45,7 +45,7 @@ inline View view(const MaybeTensor& t) { return t ? view(*t) : View{}; }
 
 // An output that may not be wanted: made on request, None otherwise. `on` makes it: on.empty(ndim, sizes, strides, dtype).
 struct Output {
-  Tensor tensor;
+  MaybeTensor tensor;
   View view;
 
   Output() = default;
@@ -56,7 +56,7 @@ struct Output {
     int64_t strides[3];
     for (int64_t i = ndim, step = 1; i-- > 0; step *= sizes.begin()[i]) strides[i] = step;
     tensor = on.empty(ndim, sizes.begin(), strides, dtype);
-    view = mpvg::view(tensor);
+    view = mpvg::view(*tensor);
   }
 };
 
@@ -67,6 +67,9 @@ inline Tensor empty_on(int32_t device_type, int32_t device, int64_t ndim, const 
       ndim, sizes, strides, torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device_type, device, &handle));
   return Tensor(handle);
 }
+
+// What a forward returns: its result and what else was wanted.
+using Outputs = std::tuple<Tensor, MaybeTensor, MaybeTensor, MaybeTensor>;
 
 // The gradients that grad_mask asks for, each in its input's shape and dtype.
 struct GradOutputs {
@@ -85,8 +88,8 @@ struct GradOutputs {
     pos_bias = Output(on, mask & kPosBias, {s.D}, pos_weight_D->scalar_type());
   }
   Gradients views() const { return {x.view, branch.view, weight.view, bias.view, pos.view, pos_weight.view, pos_bias.view}; }
-  std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> tensors() const {
-    return {x.tensor, branch.tensor, weight.tensor, bias.tensor, pos.tensor, pos_weight.tensor, pos_bias.tensor};
+  auto tensors() const {
+    return std::make_tuple(x.tensor, branch.tensor, weight.tensor, bias.tensor, pos.tensor, pos_weight.tensor, pos_bias.tensor);
   }
 };
 using Grads = decltype(std::declval<GradOutputs>().tensors());

@@ -2,10 +2,12 @@
 
 __version__ = "0.1.0"
 
-from . import models  # registers the models in timm
+from . import backends, models  # (models: registers the models in timm)
 from .backends import BackendUnavailableError, available_backends, show_config, use_backend
 from .functional import PELayerNormOutput, pe_layer_norm, pe_norm_pool
 from .modules import FusedAddLayerNorm, FusedAddPELayerNorm, FusedPELayerNorm, FusedPELayerNormPool
+
+backends.register_kernels()
 
 __all__ = [
     "BackendUnavailableError",

@@ -1,23 +1,40 @@
 """Which kernels there are on this machine, why others are not, and which one a call gets.
 
-`auto` (the default) takes the first backend that runs on the tensor's device and falls back to `reference` in silence;
-a backend asked for by name either runs or raises an error that says what is missing. The environment variable
-MPVG_BACKEND sets the default.
+There are two choices, made by the same names: for eager calls, and for calls in code that torch.compile or torch.export
+traces, where the plain formula (`reference`) is a rival in earnest, because Inductor fuses it with its neighbours.
+`auto` (the default) takes the first backend of its table that runs on the tensor's device and falls back to `reference`
+in silence; a backend asked for by name either runs or raises an error that says what is missing. The environment
+variables MPVG_BACKEND and MPVG_COMPILED_BACKEND set the defaults.
 """
 
+import contextlib
 import difflib
 import functools
 import importlib.util
 import os
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 BACKENDS = ("reference", "cpp", "triton", "cuda")
 
+
+class Choice(NamedTuple):
+    """What is set for eager calls, and for calls in code that torch.compile or torch.export traces."""
+
+    eager: Any
+    compiled: Any
+
+
 # What `auto` tries, by device type; a device that is not listed gets `reference`.
-_AUTO = {"cuda": ("cuda", "triton"), "cpu": ("cpp",)}
+_AUTO = {
+    # Not measured on a GPU yet: compiled code gets what eager code gets.
+    "cuda": Choice(eager=("cuda", "triton"), compiled=("cuda", "triton")),
+    # Compiled training step of MPVG-DeiT-Ti, batch 8, kernels' CPU time over the plain formula's: fp32 1.000, bf16
+    # autocast 0.964 (benchmarks/results/train.json).
+    "cpu": Choice(eager=("cpp",), compiled=("cpp",)),
+}
 
 
 class BackendUnavailableError(RuntimeError):
@@ -37,20 +54,41 @@ def status(backend: str) -> Status:
     return {"reference": _probe_reference, "cpp": _probe_cpp, "triton": _probe_triton, "cuda": _probe_cuda}[backend]()
 
 
+def register_kernels() -> None:
+    """Load the kernels that there are, without touching a GPU, as the package is imported.
+
+    An exported program calls them by their operators' names and asks for nothing that would load them. What does not
+    load is passed over here; `status` says why.
+    """
+    status("cpp")
+    cuda = os.environ.get("MPVG_CUDA_HOST") or (torch.version.cuda and _extension("_cuda"))
+    with contextlib.suppress(OSError):
+        if cuda:
+            torch.ops.load_library(cuda)
+    with contextlib.suppress(ImportError):
+        from . import triton_ops  # noqa: F401  (importing registers the kernels)
+
+
+def _extension(name: str) -> Path | None:
+    """The file of a built extension."""
+    folder = Path(__file__).parent
+    return next(iter([*sorted(folder.glob(f"{name}*.so")), *sorted(folder.glob(f"{name}*.pyd"))]), None)
+
+
 def _probe_reference() -> Status:
     return Status(("any",), "plain PyTorch formula")
 
 
 def _probe_cpp() -> Status:
-    found = sorted(Path(__file__).parent.glob("_cpu*.so")) + sorted(Path(__file__).parent.glob("_cpu*.pyd"))
-    if not found:
+    extension = _extension("_cpu")
+    if extension is None:
         return Status(
             (), "the CPU extension is not built; install a C++ compiler and reinstall with MPVG_BUILD=cpu to build it"
         )
     try:
-        torch.ops.load_library(found[0])
+        torch.ops.load_library(extension)
     except OSError as error:
-        return Status((), f"{found[0].name} does not load ({error}); reinstall with MPVG_BUILD=cpu to rebuild it")
+        return Status((), f"{extension.name} does not load ({error}); reinstall with MPVG_BUILD=cpu to rebuild it")
     return Status(("cpu",), f"C++ kernels, {torch.ops.mpvg.cpu_isa()}")
 
 
@@ -74,8 +112,8 @@ def _probe_cuda() -> Status:
     if host:
         torch.ops.load_library(host)
         return Status(("cpu",), "CUDA C++ kernels run on the CPU by the tests' header (slow; for tests)")
-    found = sorted(Path(__file__).parent.glob("_cuda*.so")) + sorted(Path(__file__).parent.glob("_cuda*.pyd"))
-    if not found:
+    extension = _extension("_cuda")
+    if extension is None:
         return Status(
             (), "the CUDA extension is not built; install the CUDA toolkit (nvcc) and reinstall with MPVG_BUILD=cuda"
         )
@@ -84,9 +122,9 @@ def _probe_cuda() -> Status:
     if not torch.cuda.is_available():
         return Status((), _why_no_gpu())
     try:
-        torch.ops.load_library(found[0])
+        torch.ops.load_library(extension)
     except OSError as error:
-        return Status((), f"{found[0].name} does not load ({error}); reinstall with MPVG_BUILD=cuda to rebuild it")
+        return Status((), f"{extension.name} does not load ({error}); reinstall with MPVG_BUILD=cuda to rebuild it")
     built = torch.ops.mpvg.cuda_architectures().split()
     for index in range(torch.cuda.device_count()):
         capability = torch.cuda.get_device_capability(index)
@@ -130,7 +168,12 @@ def runs_on(built: list[str], capability: tuple[int, int]) -> bool:
     return False
 
 
-_requested: str = os.environ.get("MPVG_BACKEND", "auto")
+def _from_environment() -> Choice:
+    eager = os.environ.get("MPVG_BACKEND", "auto")
+    return Choice(eager, os.environ.get("MPVG_COMPILED_BACKEND", eager))
+
+
+_requested: Choice = _from_environment()
 
 
 def _check_name(name: str) -> str:
@@ -145,23 +188,28 @@ def _check_name(name: str) -> str:
 class use_backend:
     """Choose the backend of the calls that follow: a setter, and a context manager that puts the old choice back.
 
-        use_backend("triton")                   # from here on
-        with use_backend("reference"): ...      # only inside
+        use_backend("triton")                       # from here on
+        with use_backend("reference"): ...          # only inside
+        use_backend("auto", compiled="reference")   # compiled code gets the plain formula, for Inductor to fuse
 
     Args:
         name: "auto", "reference", "cpp", "triton" or "cuda".
+        compiled: the same for calls in code that torch.compile or torch.export traces; defaults to `name`. ("auto" is
+            what was measured to be faster there.) Compiled code compiles again when this changes; an exported program
+            keeps what it was exported with.
 
     Raises:
-        ValueError: the name is unknown.
-        BackendUnavailableError: the backend can't run on this machine.
+        ValueError: a name is unknown.
+        BackendUnavailableError: a backend can't run on this machine.
     """
 
-    def __init__(self, name: str):
+    def __init__(self, name: str, *, compiled: str | None = None):
         global _requested
-        self.name = _check_name(name)
-        if name != "auto" and not status(name).devices:
-            raise BackendUnavailableError(f"backend {name!r} is not available: {status(name).reason}")
-        self._previous, _requested = _requested, name
+        choice = Choice(name, name if compiled is None else compiled)
+        for asked in choice:
+            if _check_name(asked) != "auto" and not status(asked).devices:
+                raise BackendUnavailableError(f"backend {asked!r} is not available: {status(asked).reason}")
+        self._previous, _requested = _requested, choice
 
     def __enter__(self):
         return self
@@ -183,25 +231,29 @@ def _runs(backend: str, device_type: str | None) -> bool:
 
 
 def requested() -> str:
-    """The name last given to `use_backend`, else MPVG_BACKEND, else "auto"."""
-    return _requested
+    """The name that holds here, in eager or in compiled code: `use_backend`'s, else the environment's, else "auto"."""
+    return _requested.compiled if torch.compiler.is_compiling() else _requested.eager
 
 
-def resolve(device_type: str) -> str:
-    """The backend of a call on this type of device."""
-    return _resolve(_requested, device_type)
+def resolve(device_type: str, compiled: bool | None = None) -> str:
+    """The backend of a call on this type of device: here, or in eager (False) or compiled (True) code."""
+    if compiled is None:
+        compiled = torch.compiler.is_compiling()
+    return _resolve(_requested.compiled if compiled else _requested.eager, device_type, compiled)
 
 
 @torch.compiler.assume_constant_result
-def _resolve(requested: str, device_type: str) -> str:
+def _resolve(requested: str, device_type: str, compiled: bool) -> str:
     """A constant of compiled code: Dynamo guards on the arguments, so on `_requested`, and never traces the probing."""
-    return _choose(requested, device_type)
+    return _choose(requested, device_type, compiled)
 
 
 @functools.cache
-def _choose(requested: str, device_type: str) -> str:
+def _choose(requested: str, device_type: str, compiled: bool) -> str:
     if _check_name(requested) == "auto":
-        return next((b for b in _AUTO.get(device_type, ()) if _runs(b, device_type)), "reference")
+        auto = _AUTO.get(device_type, Choice((), ()))
+        tried = auto.compiled if compiled else auto.eager
+        return next((b for b in tried if _runs(b, device_type)), "reference")
     if not _runs(requested, device_type):
         devices, reason = status(requested)
         why = f"it runs on {' and '.join(devices)} tensors only" if devices else reason
@@ -213,9 +265,11 @@ def show_config() -> None:
     """Print what is there, what is not and why, and what `auto` picks on each type of device."""
     from . import __version__
 
-    print(f"mpvg_kernels {__version__}, torch {torch.__version__}, backend requested: {_requested}")
+    print(f"mpvg_kernels {__version__}, torch {torch.__version__}")
+    print(f"backend requested: {_requested.eager}, in compiled code: {_requested.compiled}")
     for backend in BACKENDS:
         devices, reason = status(backend)
         print(f"  {backend:<10}{'yes' if devices else 'no':<5}{reason}")
     for device_type in _AUTO:
-        print(f"  auto on {device_type}: {_choose('auto', device_type)}")
+        eager, compiled = (_choose("auto", device_type, compiled) for compiled in (False, True))
+        print(f"  auto on {device_type}: {eager}, in compiled code: {compiled}")

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import backends
 from .ops import pe_layer_norm as _pe_layer_norm
@@ -123,14 +124,31 @@ def _run(operator, function: type[torch.autograd.Function], args: tuple):
     backend = args[-1].backend
     if backend == "reference":
         return operator.reference(*args)
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+    unsupported = _unsupported_derivative(args[:-1])
+    if unsupported:
         raise RuntimeError(
-            f"torch.func transforms do not go through the fused kernels (backend {backend!r}); "
+            f"{unsupported} do not go through the fused kernels (backend {backend!r}); "
             "call under mpvg_kernels.use_backend('reference')"
         )
     if torch.is_grad_enabled() and any([a.requires_grad for a in args[:-1] if a is not None]):
         return function.apply(*args)
     return operator.fused(*args)
+
+
+def _unsupported_derivative(tensors: tuple[Tensor | None, ...]) -> str | None:
+    """In words, what asks here for derivatives that the kernels lack, and would get none or wrong ones in silence."""
+    if _functorch_is_active():
+        return "torch.func transforms"
+    if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
+        if any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+            return "forward-mode derivatives (torch.autograd.forward_ad)"
+    return None
+
+
+@torch.compiler.assume_constant_result
+def _functorch_is_active() -> bool:
+    """Also in compiled code, which may hold transforms of its own; Dynamo guards on those around it."""
+    return torch._C._are_functorch_transforms_active()
 
 
 def _prepare(

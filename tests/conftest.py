@@ -14,14 +14,13 @@ torch.backends.cudnn.allow_tf32 = False
 import cuda_host_library  # noqa: E402
 import pytest  # noqa: E402
 
-import mpvg_kernels as mk  # noqa: E402
-from mpvg_kernels import backends  # noqa: E402
-
-# Before anything asks for the `cuda` backend: without a GPU its kernels are compiled for the CPU, and run by
-# tests/cuda_host.
+# Before mpvg_kernels is imported: without a GPU its CUDA kernels are compiled for the CPU, and run by tests/cuda_host.
 NO_CUDA_HOST = None if HAS_GPU else cuda_host_library.missing()
 if not HAS_GPU and not NO_CUDA_HOST:
     os.environ["MPVG_CUDA_HOST"] = str(cuda_host_library.library())
+
+import mpvg_kernels as mk  # noqa: E402
+from mpvg_kernels import backends  # noqa: E402
 
 
 @pytest.fixture(params=backends.BACKENDS)

@@ -9,12 +9,14 @@ import torch
 import mpvg_kernels as mk
 from mpvg_kernels import backends
 
+DROPPED = ("MPVG_BACKEND", "MPVG_COMPILED_BACKEND", "TRITON_INTERPRET", "MPVG_CUDA_HOST")
+
 
 def run(code: str, **env: str) -> subprocess.CompletedProcess:
-    """Run Python in a fresh process that inherits the environment but for MPVG_BACKEND and Triton's interpreter."""
+    """Run Python in a fresh process that inherits the environment but for what chooses a backend."""
     import os
 
-    clean = {k: v for k, v in os.environ.items() if k not in ("MPVG_BACKEND", "TRITON_INTERPRET")}
+    clean = {k: v for k, v in os.environ.items() if k not in DROPPED}
     return subprocess.run([sys.executable, "-c", code], env=clean | env, capture_output=True, text=True)
 
 
@@ -29,6 +31,26 @@ def test_context_manager_and_setter():
     mk.use_backend("reference")
     assert backends.requested() == "reference"
     mk.use_backend("auto")
+
+
+def test_compiled_code_follows_unless_told_otherwise():
+    """One name is for both; `compiled` is for compiled code; nothing is left of an earlier choice."""
+
+    def choice():
+        return [backends.resolve("cpu", compiled) for compiled in (False, True)]
+
+    auto = choice()
+    with mk.use_backend("auto", compiled="reference"):
+        assert choice() == [auto[0], "reference"]
+        with mk.use_backend("reference"):
+            assert choice() == ["reference", "reference"]
+        with mk.use_backend("reference", compiled="auto"):
+            assert choice() == ["reference", auto[1]]
+        assert choice() == [auto[0], "reference"]
+    assert choice() == auto
+    with pytest.raises(ValueError, match="unknown backend 'referense'.*did you mean 'reference'"):
+        mk.use_backend("auto", compiled="referense")
+    assert choice() == auto
 
 
 def test_restored_after_an_error():
@@ -154,8 +176,12 @@ CALL = "import torch, mpvg_kernels as mk; mk.FusedAddLayerNorm(4)(torch.ones(1, 
 
 
 def test_environment():
-    code = "import mpvg_kernels as mk; print(mk.backends.resolve('cpu'))"
-    assert run(code, MPVG_BACKEND="reference").stdout.strip() == "reference"
+    code = "import mpvg_kernels as mk; print(*[mk.backends.resolve('cpu', c) for c in (False, True)])"
+    auto = [backends.resolve("cpu", compiled) for compiled in (False, True)]
+    assert run(code, MPVG_BACKEND="reference").stdout.split() == ["reference", "reference"]
+    assert run(code, MPVG_COMPILED_BACKEND="reference").stdout.split() == [auto[0], "reference"]
+    both = {"MPVG_BACKEND": "reference", "MPVG_COMPILED_BACKEND": "auto"}
+    assert run(code, **both).stdout.split() == ["reference", auto[1]]
     bad = run(CALL, MPVG_BACKEND="fast")
     assert bad.returncode and "unknown backend 'fast'" in bad.stderr
     if not torch.cuda.is_available():
@@ -169,7 +195,12 @@ def test_show_config(capsys):
     assert mk.__version__ in text and torch.__version__ in text
     for name in backends.BACKENDS:
         assert f"  {name}" in text
-    assert f"auto on cpu: {backends.resolve('cpu')}" in text
+    eager, compiled = backends.resolve("cpu", False), backends.resolve("cpu", True)
+    assert f"auto on cpu: {eager}, in compiled code: {compiled}" in text
+    assert "backend requested: auto, in compiled code: auto" in text
+    with mk.use_backend("auto", compiled="reference"):
+        mk.show_config()
+    assert "backend requested: auto, in compiled code: reference" in capsys.readouterr().out
 
 
 def test_works_without_the_extension(monkeypatch):

@@ -71,7 +71,7 @@ def test_run_folder(run):
         assert {path.name for path in (folder / name).iterdir()} == {"config.json", "model.safetensors"}
     info = json.loads((folder / "run.json").read_text())
     assert info["config"]["epochs"] == 2 and info["config"]["optim"]["lr"] == 3e-3
-    assert info["backend"] == mk.backends._resolve("auto", "cpu")
+    assert info["backend"] == mk.backends.resolve("cpu")
     assert info["machine"]["threads"] == recipes.load("digits").threads == 1
     assert info["versions"]["torch"] == torch.__version__ and info["recipe"] == "digits" and info["updates"] == 44
     status = json.loads((folder / "status.json").read_text())

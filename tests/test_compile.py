@@ -1,6 +1,9 @@
 """torch.compile, torch.export and autocast around the operators: one graph, few compilations, the same numbers."""
 
+import itertools
+
 import pytest
+import timm
 import torch
 from torch._dynamo.testing import CompileCounter
 
@@ -18,6 +21,14 @@ def _fresh_dynamo():
 def _not_interpreted(backend):
     if backend == "triton" and not torch.cuda.is_available():
         pytest.skip("Triton's interpreter does not run under torch.compile")
+
+
+@pytest.fixture
+def traced(backend, device):
+    """The backend, where tracing it shows something new: on a CPU `cuda` is traced as `cpp` is."""
+    if backend == "cuda" and device == "cpu":
+        pytest.skip("traced as cpp is")
+    return backend
 
 
 class Net(torch.nn.Module):
@@ -85,6 +96,130 @@ def test_changing_the_backend_recompiles(backend, device):
     with mk.use_backend("reference"):
         torch.testing.assert_close(compiled(x), net(x))
     assert counter.frame_count == (1 if backend == "reference" else 2)
+
+
+class OperatorCounter:
+    """A compiler that runs the graphs as they are and counts them and the kernels' operators in them."""
+
+    def __init__(self):
+        self.graphs = self.operators = 0
+
+    def __call__(self, graph, _):
+        self.graphs += 1
+        self.operators += sum(str(node.target).startswith("mpvg.") for node in graph.graph.nodes)
+        return graph.forward
+
+
+def test_compiled_code_has_a_choice_of_its_own(backend, device):
+    """Eager code on kernels and compiled code on the plain formula, or the reverse; a change compiles again, once."""
+    net, counter = Net().to(device), OperatorCounter()
+    compiled = torch.compile(net, backend=counter, fullgraph=True)
+    x = torch.randn(2, 6, 16, device=device)
+    kernels = 0 if backend == "reference" else 5
+    with torch.no_grad():
+        want = net(x)
+        for eager, in_compiled, operators in (
+            (backend, None, kernels),
+            (backend, "reference", kernels),
+            ("reference", "reference", kernels),
+            ("reference", backend, kernels),
+            (backend, backend, kernels),
+        ):
+            with mk.use_backend(eager, compiled=in_compiled):
+                torch.testing.assert_close(compiled(x), want)
+            assert counter.operators == operators
+    assert counter.graphs == (1 if backend == "reference" else 2)
+
+
+def small_model(scheme="mpvg", **kwargs):
+    sizes = dict(img_size=32, depth=2, embed_dim=32, num_heads=2, num_classes=10)
+    return timm.create_model("mpvg_deit_tiny_patch16_224", scheme=scheme, **sizes, **kwargs)
+
+
+@pytest.mark.parametrize("train", (False, True))
+@pytest.mark.parametrize("dynamic,most", [(None, 2), (True, 1)])
+def test_model_compiles_few_times(dynamic, most, train, traced, device):
+    """A whole model, in eval and in training with stochastic depth under autocast: the same numbers, few graphs."""
+    model = small_model(drop_path_rate=0.5).to(device).train(train)
+    counter = CompileCounter()
+    compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=dynamic)
+    for batch in (2, 3, 5, 8):
+        x, out = torch.randn(batch, 3, 32, 32, device=device), []
+        for forward in (model, compiled):
+            torch.manual_seed(batch)  # of the branches that are dropped
+            with torch.autocast(device, torch.bfloat16, enabled=train), torch.set_grad_enabled(train):
+                out.append(forward(x).float())
+            if train:
+                out[-1].square().sum().backward()
+                out.append(model.pos_embed.grad)
+                model.zero_grad()
+        half = len(out) // 2
+        torch.testing.assert_close(out[half:], out[:half])
+    assert counter.frame_count <= most
+
+
+@pytest.mark.parametrize("mode", ("reduce-overhead", "max-autotune"))
+def test_modes(mode, traced, device):
+    if traced == "reference":
+        pytest.skip("reference is PyTorch's own operators")
+    net = Net().to(device)
+    x = torch.randn(3, 6, 16, device=device)
+    want = grads(net, x)
+    compiled = torch.compile(net, mode=mode, fullgraph=True)
+    for _ in range(3):  # a CUDA graph is recorded at the second call and replayed from then on
+        net.zero_grad()
+        xc = x.clone().requires_grad_()
+        out = compiled(xc)
+        out.square().sum().backward()
+        got = [out.detach().clone(), xc.grad.clone(), *(p.grad.clone() for p in net.parameters())]
+        torch.testing.assert_close(got, want, rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("transform", ("grad", "vmap", "jvp"))
+def test_transforms_inside_compiled_code(transform, traced, device):
+    """torch.func inside compiled code goes past the kernels' backward (gradients were wrong): one clear error."""
+    if traced == "reference":
+        pytest.skip("reference goes through torch.func")
+    net = Net().to(device)
+    x = torch.randn(2, 6, 16, device=device)
+    calls = {
+        "grad": lambda x: torch.func.grad(lambda x: net(x).sum())(x),
+        "vmap": lambda x: torch.func.vmap(net)(x[None]),
+        "jvp": lambda x: torch.func.jvp(net, (x,), (x,)),
+    }
+    for fullgraph, error in ((True, torch._dynamo.exc.Unsupported), (False, RuntimeError)):
+        torch._dynamo.reset()
+        with pytest.raises(error, match="torch.func transforms do not go through the fused kernels.*use_backend"):
+            torch.compile(calls[transform], fullgraph=fullgraph, backend="aot_eager")(x)
+
+
+@pytest.mark.parametrize("op", ("norm", "pool"))
+def test_mixed_dtypes_under_autocast(op, traced, device):
+    """Every mix of dtypes of x, branch and parameters gives compiled what it gives eager, or the same error."""
+    F32, BF16 = torch.float32, torch.bfloat16
+    function = mk.pe_norm_pool if op == "pool" else mk.pe_layer_norm
+    for x_dtype, branch_dtype, param_dtype in itertools.product((F32, BF16), repeat=3):
+        torch._dynamo.reset()
+        x, branch = torch.randn(2, 3, 8).to(device, x_dtype), torch.randn(2, 3, 8).to(device, branch_dtype)
+        params = [torch.rand(shape).to(device, param_dtype) for shape in ((8,), (8,), (3, 8), (8,), (8,))]
+        scale = torch.tensor([0.0, 2.0], device=device, dtype=branch_dtype)
+        inputs = [t.requires_grad_() for t in (x, branch, *params)]
+        results, errors = [], []
+        for call in (function, torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=False)):
+            try:
+                with torch.autocast(device, BF16):
+                    out = call(x, *params, branch=branch, branch_scale=scale)
+                out = [out] if op == "pool" else list(out)
+                results.append(out + list(torch.autograd.grad(sum(o.float().square().sum() for o in out), inputs)))
+            except (TypeError, torch._dynamo.exc.Unsupported) as error:
+                errors.append(str(error))
+        if x_dtype == F32 and param_dtype == BF16:
+            assert len(errors) == 2 and all(
+                "weight has dtype torch.bfloat16: expected torch.float32" in e for e in errors
+            )
+        else:
+            assert not errors
+            torch.testing.assert_close(results[1], results[0], rtol=2e-2, atol=2e-2)
 
 
 def test_autocast_in_compiled_code(backend, device):

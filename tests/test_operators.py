@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 from cases import TENSORS, Case, check, fused, gradients
-from torch.autograd import gradcheck
+from torch.autograd import forward_ad, gradcheck
 
 import mpvg_kernels as mk
 
@@ -322,6 +322,24 @@ def test_functorch_is_refused(op, backend, device):
         return
     with pytest.raises(RuntimeError, match="torch.func.*use_backend"):
         torch.func.grad(loss)(t["x"])
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("argument", ("x", "weight", "pos"))
+@pytest.mark.parametrize("needs", (frozenset(), frozenset({"x", "weight", "pos"})))
+def test_forward_mode_is_refused(op, argument, needs, backend, device):
+    """A tangent is never dropped in silence, whether or not the call has a backward too."""
+    case = Case(2, 3, 8, needs=needs, device=device)
+    t = case.inputs()
+    with forward_ad.dual_level():
+        fused(op, t, case)  # within the level, but without a tangent
+        dual = t | {argument: forward_ad.make_dual(t[argument], torch.ones_like(t[argument]))}
+        if backend == "reference":
+            out = next(iter(fused(op, dual, case)[0].values()))
+            assert forward_ad.unpack_dual(out).tangent is not None
+            return
+        with pytest.raises(RuntimeError, match=r"forward-mode derivatives \(torch.autograd.forward_ad\).*use_backend"):
+            fused(op, dual, case)
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -316,7 +316,7 @@ def test_what_there_is_not(changes, message):
 def test_backend_that_does_not_run(monkeypatch, name):
     if name in mk.available_backends("cpu"):
         pytest.skip(f"{name} runs here")
-    monkeypatch.setattr(mk.backends, "_requested", name)  # as MPVG_BACKEND does
+    monkeypatch.setattr(mk.backends, "_requested", mk.backends.Choice(name, name))  # as MPVG_BACKEND does
     with pytest.raises(InputError, match=name):
         loop.Trainer(SMALL)
 

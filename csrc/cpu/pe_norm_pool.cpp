@@ -3,9 +3,9 @@
 
 namespace mpvg {
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> pe_norm_pool_fwd(
-    Tensor x, MaybeTensor branch, MaybeTensor branch_scale, Tensor weight, MaybeTensor bias, MaybeTensor pos, MaybeTensor pos_weight,
-    MaybeTensor pos_bias, double eps, double pos_eps, int64_t num_prefix_tokens, ScalarType out_dtype, bool save) {
+Outputs pe_norm_pool_fwd(Tensor x, MaybeTensor branch, MaybeTensor branch_scale, Tensor weight, MaybeTensor bias, MaybeTensor pos,
+                         MaybeTensor pos_weight, MaybeTensor pos_bias, double eps, double pos_eps, int64_t num_prefix_tokens,
+                         ScalarType out_dtype, bool save) {
   const OnCpu on;
   const int64_t B = x.size(0), N = x.size(1), D = x.size(2);
   const ScalarType x_dtype = x.scalar_type();
@@ -16,7 +16,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> pe_norm_pool_fwd(
   kernels().pe_norm_pool_fwd({{B, N, D, num_prefix_tokens}, eps, pos_eps, view(x), view(branch), view(branch_scale), view(weight),
                               view(bias), view(pos), view(pos_weight), view(pos_bias)},
                              {out.view, h.view, stats.view, s.view}, parallel_for);
-  return {out.tensor, h.tensor, stats.tensor, s.tensor};
+  return {*out.tensor, h.tensor, stats.tensor, s.tensor};
 }
 
 Grads pe_norm_pool_bwd(Tensor dout, Tensor h, Tensor stats, Tensor s, Tensor weight, MaybeTensor branch_scale, MaybeTensor pos,

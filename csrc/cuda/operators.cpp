@@ -8,9 +8,9 @@
 namespace mpvg::cuda {
 namespace {
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> norm_fwd(Tensor x, MaybeTensor branch, MaybeTensor branch_scale, Tensor weight, MaybeTensor bias,
-                                                    MaybeTensor pos, MaybeTensor pos_weight, MaybeTensor pos_bias, double eps,
-                                                    double pos_eps, int64_t num_prefix_tokens, ScalarType out_dtype, bool save) {
+Outputs norm_fwd(Tensor x, MaybeTensor branch, MaybeTensor branch_scale, Tensor weight, MaybeTensor bias, MaybeTensor pos,
+                 MaybeTensor pos_weight, MaybeTensor pos_bias, double eps, double pos_eps, int64_t num_prefix_tokens, ScalarType out_dtype,
+                 bool save) {
   const OnDevice on(x);
   const Shape shape = shape_of(x, num_prefix_tokens);
   const auto [B, N, D, prefix] = shape;
@@ -22,7 +22,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_fwd(Tensor x, MaybeTensor branch
   pe_layer_norm_fwd({shape, eps, pos_eps, view(x), view(branch), view(branch_scale), view(weight), view(bias), view(pos), view(pos_weight),
                      view(pos_bias)},
                     {y.view, h.view, pos_out.view, stats.view}, on.stream);
-  return {y.tensor, h.tensor, pos_out.tensor, stats.tensor};
+  return {*y.tensor, h.tensor, pos_out.tensor, stats.tensor};
 }
 
 Grads norm_bwd(Tensor dy, MaybeTensor dh, MaybeTensor dpos_out, Tensor h, Tensor stats, Tensor weight, MaybeTensor branch_scale,
@@ -37,9 +37,9 @@ Grads norm_bwd(Tensor dy, MaybeTensor dh, MaybeTensor dpos_out, Tensor h, Tensor
   return grads.tensors();
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> pool_fwd(Tensor x, MaybeTensor branch, MaybeTensor branch_scale, Tensor weight, MaybeTensor bias,
-                                                    MaybeTensor pos, MaybeTensor pos_weight, MaybeTensor pos_bias, double eps,
-                                                    double pos_eps, int64_t num_prefix_tokens, ScalarType out_dtype, bool save) {
+Outputs pool_fwd(Tensor x, MaybeTensor branch, MaybeTensor branch_scale, Tensor weight, MaybeTensor bias, MaybeTensor pos,
+                 MaybeTensor pos_weight, MaybeTensor pos_bias, double eps, double pos_eps, int64_t num_prefix_tokens, ScalarType out_dtype,
+                 bool save) {
   const OnDevice on(x);
   const Shape shape = shape_of(x, num_prefix_tokens);
   const auto [B, N, D, prefix] = shape;
@@ -52,7 +52,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> pool_fwd(Tensor x, MaybeTensor branch
   pe_norm_pool_fwd({shape, eps, pos_eps, view(x), view(branch), view(branch_scale), view(weight), view(bias), view(pos), view(pos_weight),
                     view(pos_bias)},
                    {out.view, h.view, stats.view, s.view}, scratch, on.stream);
-  return {out.tensor, h.tensor, stats.tensor, s.tensor};
+  return {*out.tensor, h.tensor, stats.tensor, s.tensor};
 }
 
 Grads pool_bwd(Tensor dout, Tensor h, Tensor stats, Tensor s, Tensor weight, MaybeTensor branch_scale, MaybeTensor pos,

@@ -2,7 +2,8 @@
 
 A raw operator exists once for each kernel backend (`pe_layer_norm_fwd_cpp`, `pe_layer_norm_fwd_triton`, ...) with one
 schema and one fake. It is functional: it never changes an input, and its results never alias one. What it does not
-compute (a gradient that nobody asked for, say) it returns as None.
+compute (a gradient that nobody asked for, say) it returns as None, and its schema says so with `Tensor?`: AOTInductor
+takes no None in place of a `Tensor`.
 
 Shape suffixes on tensor names: B batch, N tokens, D width, K positions (N less the prefix tokens).
 """
@@ -29,7 +30,10 @@ BACKWARD_ARGS = (
     "Tensor weight, Tensor? branch_scale, Tensor? pos, Tensor? pos_weight, float pos_eps, int num_prefix_tokens, "
     "ScalarType x_dtype, ScalarType branch_dtype, int grad_mask"
 )
-GRADS = "(Tensor dx, Tensor dbranch, Tensor dweight, Tensor dbias, Tensor dpos, Tensor dpos_weight, Tensor dpos_bias)"
+GRADS = (
+    "(Tensor? dx, Tensor? dbranch, Tensor? dweight, Tensor? dbias, Tensor? dpos, Tensor? dpos_weight, "
+    "Tensor? dpos_bias)"
+)
 
 
 class Options(NamedTuple):

@@ -83,7 +83,7 @@ def _fake_backward(
 
 
 FORWARD = define(
-    "pe_layer_norm_fwd", f"({FORWARD_ARGS}) -> (Tensor y, Tensor h, Tensor pos_out, Tensor stats)", _fake_forward
+    "pe_layer_norm_fwd", f"({FORWARD_ARGS}) -> (Tensor y, Tensor? h, Tensor? pos_out, Tensor? stats)", _fake_forward
 )
 BACKWARD = define(
     "pe_layer_norm_bwd",

@@ -81,7 +81,7 @@ def _fake_backward(
 
 
 FORWARD = define(
-    "pe_norm_pool_fwd", f"({FORWARD_ARGS}) -> (Tensor out, Tensor h, Tensor stats, Tensor s)", _fake_forward
+    "pe_norm_pool_fwd", f"({FORWARD_ARGS}) -> (Tensor out, Tensor? h, Tensor? stats, Tensor? s)", _fake_forward
 )
 BACKWARD = define(
     "pe_norm_pool_bwd",

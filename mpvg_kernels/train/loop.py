@@ -82,7 +82,7 @@ class Trainer:
     def __init__(self, config: Config):
         self.config, self.device = config, pick_device(config.device)
         try:
-            self.backend = backends.resolve(self.device.type)
+            self.backend = backends.resolve(self.device.type, config.compile)
         except (ValueError, backends.BackendUnavailableError) as error:
             raise InputError(str(error)) from None
         torch.manual_seed(config.seed)
