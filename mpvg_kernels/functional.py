@@ -5,12 +5,14 @@ kernel sees an input that it can't read.
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import backends
+from .ops import pe_chain as _pe_chain
 from .ops import pe_layer_norm as _pe_layer_norm
 from .ops import pe_norm_pool as _pe_norm_pool
 from .ops.common import Options, dense_rows
@@ -118,6 +120,112 @@ def pe_norm_pool(
     return _run(_pe_norm_pool, _pe_norm_pool.PENormPoolFunction, args)
 
 
+def pe_chain(
+    pos: Tensor,
+    weights: Sequence[Tensor] | Tensor,
+    biases: Sequence[Tensor] | Tensor | None = None,
+    *,
+    eps: float = 1e-6,
+    hierarchical: bool = True,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """The position embeddings of all layers, pos_l = LN'_l(pos_{l-1}) with pos_{-1} = pos, in one pass.
+
+    MPVG's and LaPE's layer-wise embeddings (arXiv 2502.02919): none depends on the image, so that a model can have them
+    all before its first layer and give each to its layer as `pe_layer_norm`'s `normed_pos`. A row goes through all
+    layers in the dtype of the arithmetic, without being rounded between them.
+
+    Args:
+        pos: (K, D), or with more axes before D, of which a first one of size 1 is dropped: (1, K, D), (H, W, D); fp32,
+            bf16 or fp16 (fp64 on `reference` and `cpp`).
+        weights: the scales of the L LayerNorms: L tensors (D,), or one (L, D); fp32 or pos's dtype.
+        biases: their shifts, in the weights' dtype, all or none: L tensors (D,), or one (L, D), or None.
+        eps: the epsilon of every LayerNorm.
+        hierarchical: False: pos_l = LN'_l(pos), each from pos itself.
+        out_dtype: the result's dtype, else pos's, also under autocast.
+
+    Returns:
+        (L, K, D), or (L, ..., D) with pos's axes. Take the layers apart by `unbind(0)`: indexing L times costs L tensors
+        of the whole size in the backward.
+
+    Raises:
+        ValueError: a shape or value that does not fit; TypeError: a dtype; both name the argument.
+        BackendUnavailableError: the backend asked for can't run on pos's device.
+    """
+    if not isinstance(pos, Tensor):
+        raise TypeError(f"pos must be a tensor, not {type(pos).__name__}")
+    dtype, shape = pos.dtype, pos.shape
+    if dtype not in _FLOATS:
+        raise TypeError(f"pos must be float32, bfloat16, float16 or float64, not {dtype}")
+    if len(shape) < 2 or shape[-1] == 0:
+        raise ValueError(
+            f"pos has shape {tuple(shape)}: expected (K, D), or (..., D) with more axes, and D of at least 1"
+        )
+    if len(shape) > 2 and shape[0] == 1:
+        shape = shape[1:]
+    weight = _stack_vectors("weights", weights, pos)
+    if weight.dtype != dtype and (weight.dtype != torch.float32 or dtype == torch.float64):
+        raise TypeError(f"weights have dtype {weight.dtype}: expected {_param_dtypes(dtype, 'pos')}")
+    bias = None if biases is None else _stack_vectors("biases", biases, pos)
+    if bias is not None and bias.shape != weight.shape:
+        raise ValueError(f"biases are for {bias.shape[0]} layers, weights for {weight.shape[0]}: expected one for each")
+    if bias is not None and bias.dtype != weight.dtype:
+        raise TypeError(f"biases have dtype {bias.dtype}: expected the weights', {weight.dtype}")
+    if not isinstance(eps, int | float) or not eps >= 0:
+        raise ValueError(f"eps={eps!r}: expected a number of at least 0")
+    if out_dtype is None:
+        out_dtype = dtype
+    elif out_dtype not in _FLOATS or (out_dtype == torch.float64) != (dtype == torch.float64):
+        raise TypeError(f"out_dtype={out_dtype}: expected float32, bfloat16 or float16 (float64 for float64 inputs)")
+
+    backend = _choose_backend("pos", pos)
+    pos = pos.reshape(math.prod(shape[:-1]), shape[-1])
+    if backend != "reference":
+        pos, weight, bias = [t if t is None or t.is_contiguous() else t.contiguous() for t in (pos, weight, bias)]
+    options = _pe_chain.ChainOptions(eps, bool(hierarchical), out_dtype, backend)
+    out = _run(_pe_chain, _pe_chain.PEChainFunction, (pos, weight, bias, options))
+    return out if len(shape) == 2 else out.view(out.shape[0], *shape)
+
+
+def _stack_vectors(name: str, vectors: Sequence[Tensor] | Tensor, pos: Tensor) -> Tensor:
+    """The L vectors of `pe_chain`'s weights or biases as one (L, D), checked against pos's width and device."""
+    D = pos.shape[-1]
+    if isinstance(vectors, Tensor):
+        if vectors.dim() != 2 or vectors.shape[1] != D or vectors.shape[0] == 0:
+            raise ValueError(
+                f"{name} has shape {tuple(vectors.shape)}: expected (L, {D}), one row of pos's width for each layer"
+            )
+        if vectors.device != pos.device:
+            raise ValueError(f"{name} is on {vectors.device} and pos on {pos.device}: expected one device for all")
+        return vectors
+    try:
+        vectors = tuple(vectors)
+    except TypeError:
+        kind = type(vectors).__name__
+        raise TypeError(f"{name} must be a sequence of tensors or a tensor (L, D), not {kind}") from None
+    if not vectors:
+        raise ValueError(f"{name} is empty: expected one tensor for each layer")
+    for i, v in enumerate(vectors):
+        _check_tensor(f"{name}[{i}]", v, pos.device, "pos")
+        if v.shape != pos.shape[-1:]:
+            raise ValueError(f"{name}[{i}] has shape {tuple(v.shape)}: expected ({D},), the width of pos")
+        if v.dtype != vectors[0].dtype:
+            raise TypeError(f"{name}[{i}] has dtype {v.dtype}: expected {name}[0]'s, {vectors[0].dtype}")
+    return torch.stack(vectors)
+
+
+def _choose_backend(name: str, t: Tensor) -> str:
+    """The backend of a call whose first tensor is `t`; `auto` takes `reference` for float64 on a GPU."""
+    backend = backends.resolve(t.device.type)
+    if t.dtype == torch.float64 and backend in ("triton", "cuda"):
+        if backends.requested() != "auto":
+            raise TypeError(
+                f"{name} is float64: backend {backend!r} has float32, bfloat16 and float16; use 'reference'"
+            )
+        return "reference"
+    return backend
+
+
 def _run(operator, function: type[torch.autograd.Function], args: tuple):
     """Call the operator on the chosen backend, through autograd only where a gradient can be asked for."""
     backend = args[-1].backend
@@ -208,11 +316,7 @@ def _prepare(
     elif out_dtype not in _FLOATS or (out_dtype == torch.float64) != (h_dtype == torch.float64):
         raise TypeError(f"out_dtype={out_dtype}: expected float32, bfloat16 or float16 (float64 for float64 inputs)")
 
-    backend = backends.resolve(device_type)
-    if dtype == torch.float64 and backend in ("triton", "cuda"):
-        if backends.requested() != "auto":
-            raise TypeError(f"x is float64: backend {backend!r} has float32, bfloat16 and float16; use 'reference'")
-        backend = "reference"
+    backend = _choose_backend("x", x)
     if backend != "reference":
         # Kernels step through x and branch by any row strides; the small tensors they read as they lie.
         x, branch = dense_rows(x), None if branch is None else dense_rows(branch)
@@ -224,11 +328,11 @@ def _prepare(
     return x, branch, branch_scale, weight, bias, pos, pos_weight, pos_bias, options
 
 
-def _check_tensor(name: str, t: Tensor, device: torch.device) -> None:
+def _check_tensor(name: str, t: Tensor, device: torch.device, first: str = "x") -> None:
     if not isinstance(t, Tensor):
         raise TypeError(f"{name} must be a tensor, not {type(t).__name__}")
     if t.device != device:
-        raise ValueError(f"{name} is on {t.device} and x on {device}: expected one device for all")
+        raise ValueError(f"{name} is on {t.device} and {first} on {device}: expected one device for all")
 
 
 def _check_group(
@@ -266,5 +370,5 @@ def _check_branch_scale(branch_scale: Tensor, branch: Tensor | None, x: Tensor) 
         raise TypeError("branch_scale requires a gradient and can't have one: pass branch_scale.detach()")
 
 
-def _param_dtypes(dtype: torch.dtype) -> str:
-    return str(dtype) if dtype in (torch.float32, torch.float64) else f"torch.float32 or x's dtype, {dtype}"
+def _param_dtypes(dtype: torch.dtype, first: str = "x") -> str:
+    return str(dtype) if dtype in (torch.float32, torch.float64) else f"torch.float32 or {first}'s dtype, {dtype}"
