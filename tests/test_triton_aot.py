@@ -18,13 +18,13 @@ F32, BF16, F16 = "float32", "bfloat16", "float16"
 # dtype and every flag.
 CALLS = {
     "deit_tiny": Call(196, 192, BF16, BF16, F32, BF16),
-    "deit_small_fp32": Call(196, 384, F32, None, F32, F32),
+    "deit_small_fp32": Call(196, 384, F32, None, F32, F32, hierarchical=False),
     "deit_base_mixed": Call(197, 768, F32, BF16, F32, BF16, num_prefix_tokens=1),
     "deit_base_no_pos": Call(197, 768, BF16, BF16, BF16, BF16, pos=False),
     "swin_fp16": Call(3136, 96, F16, None, F16, F16),
     "t2t_fp32": Call(196, 256, F32, F32, F32, F32),
     "huge_mixed": Call(256, 1280, BF16, F16, F32, F32, num_prefix_tokens=4),
-    "odd": Call(50, 33, F32, F16, F32, F32),
+    "odd": Call(50, 33, F32, F16, F32, F32, hierarchical=False),
     "widest": Call(64, 8192, F32, F32, F32, F32),
 }
 

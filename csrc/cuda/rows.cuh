@@ -141,15 +141,19 @@ struct Layout {
     return moments(m1, sums[0], sums[1], at.inv_D, eps);
   }
 
+  __device__ static __forceinline__ Moments<float> row_moments(RowGroup& at, const float (&v)[P], float eps) {
+    float total[1] = {lane_sum(at, v)};
+    at.sum(total);
+    return statistics(at, v, total[0] * at.inv_D, eps);
+  }
+
   // Row n of pos and its moments; zeros where there is no such row. Every thread of the block has to call it.
   __device__ static __forceinline__ Moments<float> pos_row(RowGroup& at, const Operand& pos, int64_t n, bool there, float eps,
                                                            float (&v)[P]) {
 #pragma unroll
     for (int i = 0; i < P; ++i) v[i] = 0;
     if (there) chunks(at, [&](int c, int column) { read(pos, pos.row(0, n), column, at.D, v + c * E); });
-    float total[1] = {lane_sum(at, v)};
-    at.sum(total);
-    return statistics(at, v, total[0] * at.inv_D, eps);
+    return row_moments(at, v, eps);
   }
 
   // out[column] = the sum of v over the block's rows, added up in order through shared memory (rows * padded(D) floats).

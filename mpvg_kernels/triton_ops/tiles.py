@@ -48,14 +48,12 @@ class LaunchRules:
     pe_layer_norm_bwd: LoopRules = field(default=LoopRules(threads=384))
     pe_norm_pool_fwd: LoopRules = field(default=LoopRules(threads=768))
     pe_norm_pool_bwd: LoopRules = field(default=LoopRules(threads=640))
-    # The finishing kernels run on N rows, not B*N: small programs spread them over more multiprocessors.
+    # The finishing kernels and pe_chain's run on N rows, not B*N: small programs spread them over more multiprocessors.
     finishing: LoopRules = field(default=LoopRules(threads=384, warps=1))
     # Their loops are short and have little work in them: latency is all that counts.
     finishing_stages: int = 6
-    # Rows of pos through all layers, one layer after the other: latency again, so few elements a thread and small
-    # programs. Its loop's tiles wait in so much shared memory: two of 8192 columns and few layers ahead, or many narrow.
-    pe_chain: LoopRules = field(default=LoopRules(threads=384, elements_per_thread=16, warps=1))
-    chain_shared_bytes: int = 96 << 10
+    # pe_chain's loop over layers keeps what it has loaded ahead within this: 8192 columns have one layer, most widths 6.
+    chain_bytes: int = 96 << 10
     # Rows that don't start at a multiple of 16 elements are read one element at a time, by an address for each.
     unaligned_elements_per_thread: int = 8
     # Rows shorter than a warp: 4 lanes of 16 bytes read 64 bytes of one at a time, two whole sectors.
