@@ -28,7 +28,8 @@ class PELayerNormOutput(NamedTuple):
     stream: Tensor
     """h = x + branch_scale * branch, the residual stream; x itself without a branch."""
     pos: Tensor | None
-    """LN'(pos) in pos's shape and dtype, what the next layer's `pos` is in MPVG; None without pos."""
+    """LN'(pos) in pos's shape and dtype, what the next layer's `pos` is in MPVG; normed_pos itself where that is given,
+    None where neither is."""
 
 
 def pe_layer_norm(
@@ -41,6 +42,7 @@ def pe_layer_norm(
     *,
     branch: Tensor | None = None,
     branch_scale: Tensor | None = None,
+    normed_pos: Tensor | None = None,
     eps: float = 1e-6,
     pos_eps: float | None = None,
     num_prefix_tokens: int = 0,
@@ -61,6 +63,8 @@ def pe_layer_norm(
         pos_bias: (D,) in pos_weight's dtype, or None.
         branch: x's shape, any of x's dtypes: the output of the previous sub-layer, added to x.
         branch_scale: (B,), floating point, without gradient: stochastic depth's factor for each sample.
+        normed_pos: LN'(pos) itself, in place of pos, pos_weight and pos_bias and of pos's shape and dtype, where it is
+            known already (`pe_chain`).
         eps, pos_eps: LN's and LN''s epsilon; pos_eps defaults to eps.
         num_prefix_tokens: the first rows of x (class token, registers) that get no PE.
         out_dtype: y's dtype; else the autocast dtype under autocast, else the stream's.
@@ -73,12 +77,26 @@ def pe_layer_norm(
         BackendUnavailableError: the backend asked for can't run on x's device.
     """
     args = _prepare(
-        x, branch, branch_scale, weight, bias, pos, pos_weight, pos_bias, eps, pos_eps, num_prefix_tokens, out_dtype
+        x,
+        branch,
+        branch_scale,
+        weight,
+        bias,
+        pos,
+        pos_weight,
+        pos_bias,
+        normed_pos,
+        eps,
+        pos_eps,
+        num_prefix_tokens,
+        out_dtype,
     )
     y, stream, pos_out = _run(_pe_layer_norm, _pe_layer_norm.PELayerNormFunction, args)
     if x.dim() != 3:
         y, stream = y.view(x.shape), stream.view(x.shape)
-    if pos is not None and pos.dim() != 2:
+    if normed_pos is not None:
+        pos_out = normed_pos
+    elif pos is not None and pos.dim() != 2:
         pos_out = pos_out.view(pos.shape)
     return PELayerNormOutput(y, stream, pos_out)
 
@@ -93,6 +111,7 @@ def pe_norm_pool(
     *,
     branch: Tensor | None = None,
     branch_scale: Tensor | None = None,
+    normed_pos: Tensor | None = None,
     eps: float = 1e-6,
     pos_eps: float | None = None,
     num_prefix_tokens: int = 0,
@@ -110,7 +129,19 @@ def pe_norm_pool(
     Raises: as `pe_layer_norm`; ValueError also when there is no token to pool (N == num_prefix_tokens).
     """
     args = _prepare(
-        x, branch, branch_scale, weight, bias, pos, pos_weight, pos_bias, eps, pos_eps, num_prefix_tokens, out_dtype
+        x,
+        branch,
+        branch_scale,
+        weight,
+        bias,
+        pos,
+        pos_weight,
+        pos_bias,
+        normed_pos,
+        eps,
+        pos_eps,
+        num_prefix_tokens,
+        out_dtype,
     )
     if args[0].shape[1] == num_prefix_tokens:
         raise ValueError(
@@ -145,8 +176,8 @@ def pe_chain(
         out_dtype: the result's dtype, else pos's, also under autocast.
 
     Returns:
-        (L, K, D), or (L, ..., D) with pos's axes. Take the layers apart by `unbind(0)`: indexing L times costs L tensors
-        of the whole size in the backward.
+        (L, K, D), or (L, ..., D) with pos's axes. Take the layers apart by `unbind(0)`: the backward of L indexings
+        makes L tensors of the whole size.
 
     Raises:
         ValueError: a shape or value that does not fit; TypeError: a dtype; both name the argument.
@@ -242,9 +273,24 @@ def _run(operator, function: type[torch.autograd.Function], args: tuple):
 
 
 def _prepare(
-    x, branch, branch_scale, weight, bias, pos, pos_weight, pos_bias, eps, pos_eps, num_prefix_tokens, out_dtype
+    x,
+    branch,
+    branch_scale,
+    weight,
+    bias,
+    pos,
+    pos_weight,
+    pos_bias,
+    normed_pos,
+    eps,
+    pos_eps,
+    num_prefix_tokens,
+    out_dtype,
 ) -> tuple:
-    """Check the arguments; returns the operator's: x and branch as (B, N, D), pos as (K, D), the Options last."""
+    """Check the arguments; returns the operator's: x and branch as (B, N, D), pos as (K, D), the Options last.
+
+    To the operators a pos without pos_weight is one that is normalised already.
+    """
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a tensor, not {type(x).__name__}")
     dtype, device, shape = x.dtype, x.device, x.shape
@@ -279,22 +325,32 @@ def _prepare(
     if not isinstance(num_prefix_tokens, int) or not 0 <= num_prefix_tokens <= tokens:
         raise ValueError(f"num_prefix_tokens={num_prefix_tokens!r}: expected an integer from 0 to N = {tokens}")
 
+    pos_name = "pos"
+    if normed_pos is not None:
+        if pos is not None or pos_weight is not None or pos_bias is not None:
+            raise ValueError(
+                "normed_pos is given with pos, pos_weight or pos_bias: it stands for LN'(pos), pass one or the other"
+            )
+        pos, pos_name = normed_pos, "normed_pos"
     if pos is not None:
-        _check_tensor("pos", pos, device)
+        _check_tensor(pos_name, pos, device)
         expected = shape[1:] if num_prefix_tokens == 0 else (tokens - num_prefix_tokens, *vector)
         if pos.shape != expected:
             if pos.shape != (1, *expected):
                 raise ValueError(
-                    f"pos has shape {tuple(pos.shape)}: expected {tuple(expected)} or {(1, *expected)}"
+                    f"{pos_name} has shape {tuple(pos.shape)}: expected {tuple(expected)} or {(1, *expected)}"
                     f" for x of shape {tuple(shape)} with num_prefix_tokens={num_prefix_tokens}"
                 )
         if pos.dim() != 2:
             pos = pos.reshape(tokens - num_prefix_tokens, shape[-1])
         if pos.dtype != dtype and (pos.dtype != torch.float32 or dtype == torch.float64):
-            raise TypeError(f"pos has dtype {pos.dtype}: expected {_param_dtypes(dtype)}")
-        if pos_weight is None:
-            raise ValueError("pos is given without pos_weight, the scale of its LayerNorm: pass pos_weight (D,) too")
-        _check_group("pos_weight", pos_weight, "pos_bias", pos_bias, vector, dtype, device)
+            raise TypeError(f"{pos_name} has dtype {pos.dtype}: expected {_param_dtypes(dtype)}")
+        if normed_pos is None:
+            if pos_weight is None:
+                raise ValueError(
+                    "pos is given without pos_weight, the scale of its LayerNorm: pass pos_weight (D,) too"
+                )
+            _check_group("pos_weight", pos_weight, "pos_bias", pos_bias, vector, dtype, device)
     elif pos_weight is not None or pos_bias is not None:
         raise ValueError("pos_weight and pos_bias are given without pos: pass pos too, or neither")
 
