@@ -17,7 +17,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_fwd(Tensor x, MaybeTensor branch
   const ScalarType x_dtype = x.scalar_type();
   Output y(on, true, {B, N, D}, out_dtype);
   Output h(on, bool(branch), {B, N, D}, branch ? promote(x_dtype, branch->scalar_type()) : x_dtype);
-  Output pos_out(on, bool(pos), {N - prefix, D}, pos ? pos->scalar_type() : x_dtype);
+  Output pos_out(on, bool(pos_weight), {N - prefix, D}, pos ? pos->scalar_type() : x_dtype);
   Output stats(on, save, {2, B, N}, ScalarType::Float);
   pe_layer_norm_fwd({shape, eps, pos_eps, view(x), view(branch), view(branch_scale), view(weight), view(bias), view(pos), view(pos_weight),
                      view(pos_bias)},

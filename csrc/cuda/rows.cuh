@@ -25,6 +25,9 @@ constexpr int kExchange = 2 * 3 * 16;
 // A parameter vector in shared memory takes whole groups of four.
 MPVG_HD inline int padded(int D) { return (D + 3) / 4 * 4; }
 
+// Moments that leave a row as it is: of a pos without pos_weight, which is p' itself.
+constexpr Moments<float> kAsItIs{0, 0, 1};
+
 // The group of threads that this thread is in.
 struct RowGroup {
   int lanes, row, lane, D;
