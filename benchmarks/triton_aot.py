@@ -32,6 +32,7 @@ class Call(NamedTuple):
     out: str
     pos: bool = True
     num_prefix_tokens: int = 0
+    pos_norm: bool = True
     hierarchical: bool = True
 
 
@@ -122,7 +123,7 @@ def _launch(call: Call):
     if call.branch:
         branch, scale = empty(B, N, D, dtype=call.branch), empty(B, dtype=call.branch)
     if call.pos:
-        pos, pos_weight = empty(N - call.num_prefix_tokens, D), empty(D)
+        pos, pos_weight = empty(N - call.num_prefix_tokens, D), empty(D) if call.pos_norm else None
     weight, prefix = empty(D), call.num_prefix_tokens
     out_dtype = getattr(torch, call.out)
     inputs = (x, branch, scale, weight, weight, pos, pos_weight, pos_weight, 1e-6, 1e-6, prefix, out_dtype, True)

@@ -1,16 +1,17 @@
 // Kernels of pe_chain:  out[l] = LN(v_l; w_l, b_l),  v_0 = pos,  v_{l+1} = out[l] or, not hierarchical, pos.
 //
 // Forward. A row's layers come one after the other, rows are independent: a row group takes one row through all layers, in registers and
-// unrounded. What a layer reads from memory does not depend on the one before it and is asked for ahead of the row's sums.
+// unrounded. What a layer reads from memory does not depend on the layer before, and is asked for ahead of the row's sums.
 //
 // Backward. With r_l all that arrives at out[l] and g = r_l * w_l, from the last layer to the first:
 //
 //   r_l = dout[l] + dv_{l+1}     dv_l = rstd_l * (g - mean(g) - vhat_l * mean(g * vhat_l))     dpos = dv_0
 //   dw_l = sum_k r_l * vhat_l    db_l = sum_k r_l
 //
-// The rows vhat_l are found first, in the forward's order, and needed in the other: L of them (32 of 8192 columns are 1 MB) fit in no shared
-// memory, so they go to scratch memory and come back from cache. r_l goes there too, for sums_kernel, a second launch: sums over rows without
-// atomics need an end of all of them. Not hierarchical there is one vhat, r_l is dout[l], and dpos the gradient for g = sum_l r_l * w_l.
+// The rows vhat_l are found in the forward's order and needed in the other one: L of them (32 of 8192 columns are 1 MB) fit in no shared
+// memory, so they go to scratch memory and come back from cache. r_l goes there too, for sums_kernel, a second launch: sums over rows
+// without atomics need an end of all of them. Not hierarchical, there is one vhat, r_l is dout[l], and dpos the gradient for
+// g = sum_l r_l * w_l.
 #pragma once
 
 #include "sums.cuh"
@@ -29,8 +30,8 @@ struct Chain {
   float* rows;  // (K, D), for the loops: what the others have in registers
 };
 
-// A block is one warp or one row, as small as can be: there are but N rows to spread over the device, and each takes its time. 16 elements
-// a lane leave registers for the three rows that a step of the backward has in hand, and reach Rules::widest columns.
+// A block is a warp, or as many as a row takes: there are but K rows to spread over the device. 16 elements a lane leave registers for the
+// four rows that a step of the backward has in hand, and reach Rules::widest columns.
 constexpr int kChainElements = 16, kChainThreads = Rules::widest / kChainElements;
 using ChainLayout = Layout<kChainElements, 4, false>;
 

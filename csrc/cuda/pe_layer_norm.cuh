@@ -1,4 +1,4 @@
-// Kernels of pe_layer_norm:  h = x + s[b] * f;  y = LN(h; w, b) + p';  p' = LN(pos; wp, bp).
+// Kernels of pe_layer_norm:  h = x + s[b] * f;  y = LN(h; w, b) + p';  p' = LN(pos; wp, bp), or pos itself without wp.
 //
 // Forward. A block owns a tile of token positions and a slice of the batch; each of its row groups owns one position. The group keeps p' +
 // b of that position in registers while the slice's samples go by: x (and f) in, y (and h) out, and nothing else is moved.

@@ -1,4 +1,5 @@
 // Kernels of pe_norm_pool:  out[b] = w * s[b] + b + wp * s' + bp,  s[b] = mean_n hhat[b, n],  s' = mean_n phat[n]  (rows after the prefix).
+// Without wp, pos is normalised already: out[b] = w * s[b] + b + mean_n pos[n].
 //
 // Forward. A block owns a chunk of a sample's tokens and adds up their normalised rows in registers; pos is one more sample. output_kernel
 // adds up the chunks and applies the formula: two launches, because a sum over blocks without atomics needs an end of all of them.

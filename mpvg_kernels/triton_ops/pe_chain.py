@@ -1,18 +1,18 @@
-"""Triton kernels of `pe_chain`: out[l] = LN_l(v_l) for all L layers, v_0 = pos, v_{l+1} = out[l] or, not hierarchical, pos.
+"""Triton kernels of `pe_chain`: out[l] = LN_l(v_l), v_0 = pos, v_{l+1} = out[l] or, not hierarchical, pos.
 
 Rows are independent, a row's layers are not: a program owns a tile of rows and takes them through all layers. Between
-layers they stay in registers, in fp32. The loop's loads (parameters, in the backward dout too) do not depend on that
-chain, so that pipelining brings them in ahead of it.
+layers they stay in registers, in fp32. What a layer loads (its parameters, in the backward dout too) does not depend on
+the layer before: pipelining brings it in ahead.
 
 Backward. Let r_l be all that arrives at out[l] and g = r_l * w_l; from the last layer to the first
 
     r_l = dout[l] + dv_{l+1}     dv_l = rstd_l * (g - mean(g) - vhat_l * mean(g * vhat_l))     dpos = dv_0
     dw_l = sum_k r_l * vhat_l    db_l = sum_k r_l
 
-The rows vhat_l are found again first, in the forward's order, and needed in the other one. L of them are more than
-registers or, at 32 layers of 8192 columns, shared memory can hold: they go to a scratch tensor and come back from
-cache. r_l goes to another for `layer_sums_kernel`, which forms the parameters' gradients: sums over rows in a fixed order, whatever
-the tiles were. Without the hierarchy there is one vhat, r_l is dout[l], and dpos is the gradient for g = sum_l r_l * w_l.
+The rows vhat_l are found in the forward's order and needed in the other one. L of them (32 of 8192 columns are 1 MB)
+fit in no shared memory: they go to a scratch tensor and come back from cache. r_l goes to another one, from which
+`layer_sums_kernel`, a second launch, forms the parameters' gradients in an order that no tile or program changes. Not
+hierarchical, there is one vhat, r_l is dout[l], and dpos is the gradient for g = sum_l r_l * w_l.
 """
 
 import torch

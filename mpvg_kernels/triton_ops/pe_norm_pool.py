@@ -4,6 +4,7 @@ Forward. The mean goes through both affine parts, so all that a sample needs is 
 
     out[b] = w * s[b] + b + w' * s' + b'      s[b] = mean_n hhat[b, n]      s' = mean_n phat[n]
 
+Without w', pos is normalised already, and its mean takes the place of the last two terms.
 One read of x, nothing of its size written. A program owns a chunk of one sample's tokens; `pool_kernel` adds up their
 normalised rows, and runs once more on pos, as on a batch of one. `output_kernel` adds up the chunks and applies the
 formula.
@@ -53,7 +54,7 @@ def pool_kernel(
     PREFIX: tl.constexpr, D: tl.constexpr,
     WIDTH: tl.constexpr, BLOCKS: tl.constexpr, T: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Each chunk's share of mean_n hhat, without eps of mean_n h. Prefix rows take part in h and stats, not in the mean."""
+    """Each chunk's share of mean_n hhat, or of mean_n h without eps. Prefix rows take part in h and stats alone."""
     cols = columns(WIDTH, BLOCKS)
     b = tl.cast(tl.program_id(0), tl.int64)
     scale = load_scale(scale_B, b, B)
