@@ -155,7 +155,7 @@ def plan(D: int, K: int, L: int, itemsize: int, row_bytes: int) -> Launch:
     """The launch for K rows through L layers, which reads `row_bytes` of each column of a tile in a layer."""
     tile = row_tile(D, K, itemsize, RULES.finishing)
     of_a_stage = row_bytes * tile.width * tile.blocks * tile.rows
-    deep = min(RULES.finishing_stages, 1 + RULES.chain_bytes // of_a_stage)
+    deep = min(RULES.chain_stages, 1 + RULES.chain_bytes // of_a_stage)
     return Launch(tile, triton.cdiv(K, tile.rows), 1, L, max(1, min(deep, L)))
 
 
