@@ -90,7 +90,7 @@ class FusedPELayerNorm(_FusedNorm):
     def forward(
         self, x: Tensor, pos: Tensor | None = None, *, normed_pos: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """x (B, N, D), pos or normed_pos (N - num_prefix_tokens, D) -> y (B, N, D), and LN'(pos), the next one's pos."""
+        """x (B, N, D), pos or normed_pos (N - num_prefix_tokens, D) -> y (B, N, D), LN'(pos) for the next layer."""
         y, _, pos = self._call(pe_layer_norm, x, pos, normed_pos=normed_pos)
         return y, pos
 

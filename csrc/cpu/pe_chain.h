@@ -70,6 +70,7 @@ void pe_chain_bwd(const PEChainInputs& in, View dout, const PEChainGradients& gr
       zero_rows(dw, 2 * L, Dp);
       visit_tokens<T>(block * kPosRows, min(in.K, (block + 1) * kPosRows), D, [&](Group at, auto together) {
         constexpr int R = together.rows;
+        constexpr Together<R, (R > 1)> side_by_side;  // as rows that share w, dw and db go, all from L1
         constexpr Group first{0, 0, false};
         RowMoments<T, R> m;
         const T one[R] = {};
@@ -91,10 +92,10 @@ void pe_chain_bwd(const PEChainInputs& in, View dout, const PEChainGradients& gr
           GradRow<pack<T, R>> k;
           Rows dy = dv_rows;
           if (in.hierarchical && l + 1 < L) {
-            find_again.with(together)(dy, nullptr, v, nullptr, w + l * Dp, m, k, D, T(1) / T(D));
+            find_again.with(side_by_side)(dy, nullptr, v, nullptr, w + l * Dp, m, k, D, T(1) / T(D));
           } else {
             const Rows dout_rows = Group{l, at.n, false}.of(dout);
-            find.with(together)(dout_rows, dout_in_place ? nullptr : dy_buffer, v, nullptr, w + l * Dp, m, k, D, T(1) / T(D));
+            find.with(side_by_side)(dout_rows, dout_in_place ? nullptr : dy_buffer, v, nullptr, w + l * Dp, m, k, D, T(1) / T(D));
             dy = dout_in_place ? dout_rows : Rows{dy_buffer, row_bytes};
           }
           if (!grad.pos && at_l == 0) {
@@ -107,7 +108,7 @@ void pe_chain_bwd(const PEChainInputs& in, View dout, const PEChainGradients& gr
           if (in.hierarchical && l) dh = Group{l - 1, at.n, false}.of(dout), dh_type = dout.dtype;
           if (!in.hierarchical && l + 1 < L) dh = dv_rows, dh_type = arithmetic_dtype<T>;
           const InputGradients<T, Also::sums> write(l ? arithmetic_dtype<T> : grad.pos.dtype, dh_type);
-          write(together, l ? dv_rows : at.of(grad.pos), false, dh, dy, w + l * Dp, v, m, k, nullptr, dw + l * Dp, {db + l * Dp}, D);
+          write(side_by_side, l ? dv_rows : at.of(grad.pos), false, dh, dy, w + l * Dp, v, m, k, nullptr, dw + l * Dp, {db + l * Dp}, D);
         }
       });
     }
