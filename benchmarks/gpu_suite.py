@@ -40,7 +40,8 @@ WHEELS = ROOT / "build" / "gpu_suite_wheels"
 # What is out of time is asked to end before it is killed: pytest then still writes its report.
 GRACE_S = 5.0
 MODELS = {"deit_tiny": 256, "deit_small": 256, "deit_base": 128}
-TEST_FILES = ("operators", "random_cases", "modules", "compile", "bad_input", "backends", "tuned", "mpvg_vit", "gpu")
+TEST_FILES = ("operators", "random_cases", "pe_chain", "modules", "compile", "bad_input", "backends", "tuned")
+TEST_FILES += ("mpvg_vit", "gpu")
 # What torch says of itself and the GPU, asked in a process of its own: a broken driver must not take this one down.
 PROBE = """
 import json, torch

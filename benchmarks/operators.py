@@ -7,7 +7,8 @@ do the same work as the plain formula below, and its outputs and gradients are c
 it is timed.
 
 Shapes: x, f (the branch), y, h and their gradients (B, N, D); pos, pos' (N, D); weight, bias, pos_weight, pos_bias
-(D,); the branch's scale (B,); pooled (B, D).
+(D,); the branch's scale (B,); pooled (B, D). pe_chain has B layers: x is its pos (N, D), weight and bias are (B, D), and
+its outputs are B tables (N, D), as layers take them.
 """
 
 import argparse
@@ -145,6 +146,14 @@ def traffic(case: Case) -> Traffic:
     D), and its forward writes no h where there are no gradients.
     """
     given, dtypes = case.given, case.dtypes
+    if case.op == "pe_chain":
+        table, vector = case.N * case.D * dtypes.params.itemsize, case.D * dtypes.params.itemsize
+        sources, tables = table + 2 * case.B * vector, [table] * case.B
+        forward, backward = case.mode != "bwd", case.differentiates
+        return Traffic(
+            sources * (forward + backward) + sum(tables) * backward,
+            tables * forward + [table, case.B * vector, case.B * vector] * backward,
+        )
     elements = case.B * case.N * case.D
     x, f, y = (elements * dtype.itemsize for dtype in (dtypes.x, dtypes.branch, dtypes.out))
     h = elements * case.stream_dtype.itemsize
@@ -226,6 +235,10 @@ def make_arguments(case: Case, device: str, seed: int = 0) -> tuple[Arguments, t
         return t.requires_grad_(grad and case.differentiates)
 
     B, N, D, params = case.B, case.N, case.D, dtypes.params
+    if case.op == "pe_chain":
+        weight, bias = draw(B, D, dtype=params, mean=1.0, spread=0.1), draw(B, D, dtype=params, spread=0.1)
+        arguments = Arguments(draw(N, D, dtype=params), None, None, weight, bias, None, None, None)
+        return arguments, tuple(draw(N, D, dtype=params, grad=False) for _ in range(B))
     arguments = Arguments(
         x=draw(B, N, D, dtype=dtypes.x),
         branch=draw(B, N, D, dtype=dtypes.branch) if given.branch else None,
@@ -285,6 +298,15 @@ def pe_norm_pool(x, branch, scale, weight, bias, pos, pos_weight, pos_bias, out_
     return (y if out_dtype is None else y.to(out_dtype),)
 
 
+def pe_chain(x, branch, scale, weight, bias, pos, pos_weight, pos_bias, out_dtype, peer=None):
+    """The plain formula, as a model without these kernels has it: a table for each layer."""
+    tables = []
+    for layer_weight, layer_bias in zip(weight.unbind(0), bias.unbind(0), strict=True):
+        x = _norm(x, layer_weight, layer_bias, peer)
+        tables.append(x)
+    return tuple(tables)
+
+
 def _ours_layer_norm(x, branch, scale, weight, bias, pos, pos_weight, pos_bias, out_dtype):
     return mk.pe_layer_norm(
         x, weight, bias, pos, pos_weight, pos_bias, branch=branch, branch_scale=scale, eps=EPS, out_dtype=out_dtype
@@ -298,8 +320,12 @@ def _ours_norm_pool(x, branch, scale, weight, bias, pos, pos_weight, pos_bias, o
     return (out,)
 
 
-PLAIN = {"pe_layer_norm": pe_layer_norm, "pe_norm_pool": pe_norm_pool}
-OURS = {"pe_layer_norm": _ours_layer_norm, "pe_norm_pool": _ours_norm_pool}
+def _ours_chain(x, branch, scale, weight, bias, pos, pos_weight, pos_bias, out_dtype):
+    return mk.pe_chain(x, weight, bias, eps=EPS).unbind(0)
+
+
+PLAIN = {"pe_layer_norm": pe_layer_norm, "pe_norm_pool": pe_norm_pool, "pe_chain": pe_chain}
+OURS = {"pe_layer_norm": _ours_layer_norm, "pe_norm_pool": _ours_norm_pool, "pe_chain": _ours_chain}
 
 
 class Unavailable(RuntimeError):
@@ -391,7 +417,8 @@ def results(
     case: Case, function: Callable, arguments: Arguments, output_grads: Sequence[Tensor | None]
 ) -> dict[str, Tensor]:
     """Every output and gradient of a call by name, for the check."""
-    names = ("pooled",) if case.op == "pe_norm_pool" else ("y", "stream", "pos'")
+    layers = tuple(f"table {layer}" for layer in range(case.B))
+    names = {"pe_norm_pool": ("pooled",), "pe_chain": layers}.get(case.op, ("y", "stream", "pos'"))
     outputs = function(*arguments, case.out_dtype)
     found = {name: t.detach() for name, t in zip(names, outputs, strict=True) if t is not None}
     if case.differentiates:

@@ -23,7 +23,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results/resources_cuda.json"
-SOURCES = ("pe_layer_norm", "pe_norm_pool")
+SOURCES = ("pe_layer_norm", "pe_norm_pool", "pe_chain")
 ARCHITECTURES = (80, 90, 100)
 # KB of shared memory of a multiprocessor; all three have 65536 registers and hold 64 warps and 32 blocks.
 SHARED_KB = {80: 164, 90: 228, 100: 228}

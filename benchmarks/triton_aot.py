@@ -18,10 +18,11 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 ARCHITECTURES = (80, 90, 100)
+LAYERS = 12
 
 
 class Call(NamedTuple):
-    """A call of all four launchers; dtypes are torch's names ("bfloat16"), `branch` is None without a branch."""
+    """A call of all launchers; dtypes are torch's names ("bfloat16"), `branch` is None without a branch."""
 
     N: int
     D: int
@@ -31,6 +32,8 @@ class Call(NamedTuple):
     out: str
     pos: bool = True
     num_prefix_tokens: int = 0
+    pos_norm: bool = True
+    hierarchical: bool = True
 
 
 class Kernel(NamedTuple):
@@ -106,10 +109,10 @@ def _ptxas(ptx: str, arch: int) -> tuple[int, int]:
 
 
 def _launch(call: Call):
-    """Call the four launchers with every gradient asked for; yields (operator, direction) before each."""
+    """Call the launchers with every gradient asked for; yields (operator, direction) before each."""
     import torch
 
-    from mpvg_kernels.triton_ops import pe_layer_norm, pe_norm_pool
+    from mpvg_kernels.triton_ops import pe_chain, pe_layer_norm, pe_norm_pool
 
     def empty(*shape, dtype=call.params):
         return torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
@@ -120,7 +123,7 @@ def _launch(call: Call):
     if call.branch:
         branch, scale = empty(B, N, D, dtype=call.branch), empty(B, dtype=call.branch)
     if call.pos:
-        pos, pos_weight = empty(N - call.num_prefix_tokens, D), empty(D)
+        pos, pos_weight = empty(N - call.num_prefix_tokens, D), empty(D) if call.pos_norm else None
     weight, prefix = empty(D), call.num_prefix_tokens
     out_dtype = getattr(torch, call.out)
     inputs = (x, branch, scale, weight, weight, pos, pos_weight, pos_weight, 1e-6, 1e-6, prefix, out_dtype, True)
@@ -135,6 +138,12 @@ def _launch(call: Call):
     out, h, stats, s = pe_norm_pool.forward(*inputs)
     yield "pe_norm_pool", "bwd"
     pe_norm_pool.backward(out, x if h is None else h, stats, s, *rest)
+
+    rows, weights = empty(N, D), empty(LAYERS, D)
+    yield "pe_chain", "fwd"
+    tables = pe_chain.forward(rows, weights, weights, 1e-6, call.hierarchical, out_dtype)
+    yield "pe_chain", "bwd"
+    pe_chain.backward(tables, rows, weights, weights, 1e-6, call.hierarchical, 7)
 
 
 def _main(arch: int, calls: dict[str, list]) -> None:

@@ -27,7 +27,7 @@ struct Shape {
   int64_t prefix;  // the first rows of each sample, which get no PE
 };
 
-// The inputs of both forwards: h = x + scale[b] * branch, normalised; PE = LN(pos).
+// The inputs of both forwards: h = x + scale[b] * branch, normalised; PE = LN(pos), or pos as it is where pos_weight is absent.
 struct Inputs {
   Shape shape;
   double eps, pos_eps;
@@ -43,6 +43,17 @@ struct Saved {
 };
 struct Gradients {
   View x, branch, weight, bias, pos, pos_weight, pos_bias;
+};
+
+// All layers' PE: L LayerNorms over the K rows of pos; weight and bias are (L, D), two axes as View has them.
+struct PEChainInputs {
+  int64_t L, K, D;
+  double eps;
+  bool hierarchical;  // each layer reads the one before it, else all read pos
+  View pos, weight, bias;
+};
+struct PEChainGradients {
+  View pos, weight, bias;
 };
 
 struct PELayerNormOutputs {

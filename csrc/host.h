@@ -19,6 +19,9 @@ using MaybeTensor = std::optional<Tensor>;
 // Bits of grad_mask.
 enum Gradient : int64_t { kX = 1, kBranch = 2, kWeight = 4, kBias = 8, kPos = 16, kPosWeight = 32, kPosBias = 64 };
 
+// Bits of pe_chain's grad_mask.
+enum ChainGradient : int64_t { kChainPos = 1, kChainWeight = 2, kChainBias = 4 };
+
 inline Dtype to_dtype(ScalarType t) {
   switch (t) {
     case ScalarType::Float: return Dtype::f32;
@@ -84,6 +87,7 @@ struct GradOutputs {
         bias(on, mask & kBias, {s.D}, weight_D.scalar_type()) {
     if (!pos_ND) return;
     pos = Output(on, mask & kPos, {s.N - s.prefix, s.D}, pos_ND->scalar_type());
+    if (!pos_weight_D) return;
     pos_weight = Output(on, mask & kPosWeight, {s.D}, pos_weight_D->scalar_type());
     pos_bias = Output(on, mask & kPosBias, {s.D}, pos_weight_D->scalar_type());
   }

@@ -1,7 +1,8 @@
 """nn.Modules around the operators, with LayerNorm's parameter names: a timm checkpoint's `norm1.weight` loads as it is.
 
 All hold `weight` and `bias`, the token LayerNorm's; those that take a position embedding (PE) also `pos_weight` and
-`pos_bias`, the PE LayerNorm's. They compute the same on every backend, `reference` included, with the same state dict.
+`pos_bias`, the PE LayerNorm's. Where LN'(pos) is known already (from `pe_chain`), it is given as `normed_pos` in place
+of pos, and these two go unread. They compute the same on every backend, `reference` included, with the same state dict.
 """
 
 import torch
@@ -55,18 +56,19 @@ class _FusedNorm(nn.Module):
             text += f", num_prefix_tokens={self.num_prefix_tokens}"
         return text
 
-    def _call(self, operator, x, pos=None, branch=None, branch_scale=None):
-        if pos is None and self.pos_weight is not None:
+    def _call(self, operator, x, pos=None, branch=None, branch_scale=None, normed_pos=None):
+        if pos is None and normed_pos is None and self.pos_weight is not None:
             raise ValueError(f"{type(self).__name__} needs pos, the position embedding (N, D), and got None")
         return operator(
             x,
             self.weight,
             self.bias,
             pos,
-            self.pos_weight,
-            self.pos_bias,
+            self.pos_weight if normed_pos is None else None,
+            self.pos_bias if normed_pos is None else None,
             branch=branch,
             branch_scale=branch_scale,
+            normed_pos=normed_pos,
             eps=self.eps,
             pos_eps=self.pos_eps,
             num_prefix_tokens=self.num_prefix_tokens,
@@ -85,9 +87,11 @@ class FusedPELayerNorm(_FusedNorm):
         device, dtype: of the parameters.
     """
 
-    def forward(self, x: Tensor, pos: Tensor) -> tuple[Tensor, Tensor]:
-        """x (B, N, D), pos (N - num_prefix_tokens, D) -> y (B, N, D) and LN'(pos), the next layer's pos."""
-        y, _, pos = self._call(pe_layer_norm, x, pos)
+    def forward(
+        self, x: Tensor, pos: Tensor | None = None, *, normed_pos: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """x (B, N, D), pos or normed_pos (N - num_prefix_tokens, D) -> y (B, N, D), LN'(pos) for the next layer."""
+        y, _, pos = self._call(pe_layer_norm, x, pos, normed_pos=normed_pos)
         return y, pos
 
 
@@ -98,10 +102,16 @@ class FusedAddPELayerNorm(_FusedNorm):
     """
 
     def forward(
-        self, x: Tensor, branch: Tensor | None, pos: Tensor, branch_scale: Tensor | None = None
+        self,
+        x: Tensor,
+        branch: Tensor | None,
+        pos: Tensor | None = None,
+        branch_scale: Tensor | None = None,
+        *,
+        normed_pos: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """x and branch (B, N, D), pos (N - num_prefix_tokens, D), branch_scale (B,) -> y, the stream h, LN'(pos)."""
-        return tuple(self._call(pe_layer_norm, x, pos, branch, branch_scale))
+        """x, branch (B, N, D), pos or normed_pos (N - num_prefix_tokens, D), branch_scale (B,) -> y, h, LN'(pos)."""
+        return tuple(self._call(pe_layer_norm, x, pos, branch, branch_scale, normed_pos))
 
 
 class FusedAddLayerNorm(_FusedNorm):
@@ -135,9 +145,11 @@ class FusedPELayerNormPool(_FusedNorm):
         pos: Tensor | None = None,
         branch: Tensor | None = None,
         branch_scale: Tensor | None = None,
+        *,
+        normed_pos: Tensor | None = None,
     ) -> Tensor:
-        """x and branch (B, N, D), pos (N - num_prefix_tokens, D), branch_scale (B,) -> (B, D)."""
-        return self._call(pe_norm_pool, x, pos, branch, branch_scale)
+        """x and branch (B, N, D), pos or normed_pos (N - num_prefix_tokens, D), branch_scale (B,) -> (B, D)."""
+        return self._call(pe_norm_pool, x, pos, branch, branch_scale, normed_pos)
 
     def tokens(
         self,
@@ -145,6 +157,8 @@ class FusedPELayerNormPool(_FusedNorm):
         pos: Tensor | None = None,
         branch: Tensor | None = None,
         branch_scale: Tensor | None = None,
+        *,
+        normed_pos: Tensor | None = None,
     ) -> Tensor:
         """The same before the mean, prefix tokens included: (B, N, D)."""
-        return self._call(pe_layer_norm, x, pos, branch, branch_scale).y
+        return self._call(pe_layer_norm, x, pos, branch, branch_scale, normed_pos).y

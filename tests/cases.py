@@ -23,6 +23,7 @@ class Case:
     param_dtype: torch.dtype = torch.float32
     out_dtype: torch.dtype | None = None
     pos: bool = True
+    normed_pos: bool = False  # pos is given as normed_pos: normalised already
     bias: bool = True
     scale: bool = False
     num_prefix_tokens: int = 0
@@ -47,6 +48,7 @@ class Case:
             return (torch.randn(*shape, generator=g, dtype=torch.float64) * scale + shift).to(dtype).to(self.device)
 
         B, N, D, K = self.B, self.N, self.D, self.N - self.num_prefix_tokens
+        pos_norm = self.pos and not self.normed_pos
         pos_shape = (1, K, D) if self.pos_batched else (K, D)
         t = dict(
             x=rand(B, N, D, dtype=self.dtype, scale=2.0, shift=self.offset),
@@ -54,8 +56,8 @@ class Case:
             weight=rand(D, dtype=self.param_dtype, scale=0.3, shift=1.0),
             bias=rand(D, dtype=self.param_dtype) if self.bias else None,
             pos=rand(*pos_shape, dtype=self.param_dtype, scale=0.5) if self.pos else None,
-            pos_weight=rand(D, dtype=self.param_dtype, scale=0.3, shift=1.0) if self.pos else None,
-            pos_bias=rand(D, dtype=self.param_dtype) if self.pos and self.bias else None,
+            pos_weight=rand(D, dtype=self.param_dtype, scale=0.3, shift=1.0) if pos_norm else None,
+            pos_bias=rand(D, dtype=self.param_dtype) if pos_norm and self.bias else None,
         )
         for name, tensor in t.items():
             if tensor is not None and name in self.needs:
@@ -84,7 +86,7 @@ def plain(op: str, t: dict, case: Case, dtype: torch.dtype | None = None):
     p = None
     if t["pos"] is not None:
         pos_eps = case.eps if case.pos_eps is None else case.pos_eps
-        p = norm(t["pos"], t["pos_weight"], t["pos_bias"], pos_eps)
+        p = t["pos"] if case.normed_pos else norm(t["pos"], t["pos_weight"], t["pos_bias"], pos_eps)
         y = torch.cat((y[:, :k], y[:, k:] + p), 1)
     out_dtype = dtype or case.out_dtype or h.dtype
     outputs = dict(out=y[:, k:].mean(1).to(out_dtype)) if op == "pool" else dict(y=y.to(out_dtype), stream=h, pos=p)
@@ -95,8 +97,11 @@ def plain(op: str, t: dict, case: Case, dtype: torch.dtype | None = None):
 
 def fused(op: str, t: dict, case: Case):
     """The same through the public function."""
-    args = [t[n] for n in ("x", "weight", "bias", "pos", "pos_weight", "pos_bias")]
+    names = ("x", "weight", "bias") if case.normed_pos else ("x", "weight", "bias", "pos", "pos_weight", "pos_bias")
+    args = [t[n] for n in names]
     kwargs = dict(branch=t["branch"], branch_scale=t["branch_scale"], out_dtype=case.out_dtype, **case.options)
+    if case.normed_pos:
+        kwargs["normed_pos"] = t["pos"]
     if op == "pool":
         return dict(out=mk.pe_norm_pool(*args, **kwargs)), t
     return mk.pe_layer_norm(*args, **kwargs)._asdict(), t
@@ -136,7 +141,7 @@ def check(op: str, case: Case, t: dict | None = None) -> None:
     assert names == [n for n in plain_out if plain_out[n] is not None]
     for n in names:
         assert_accurate(n, fused_out[n], plain_out[n], exact_out[n])
-        assert fused_out[n].is_contiguous() or fused_out[n] is t["x"] or n == "stream"
+        assert fused_out[n].is_contiguous() or fused_out[n] is t["x"] or n == "stream" or case.normed_pos
         assert fused_out[n].requires_grad == plain_out[n].requires_grad, n
 
     g = torch.Generator().manual_seed(case.seed + 1)

@@ -20,7 +20,7 @@ HOST = ROOT / "tests/cuda_host"
 KERNELS = ROOT / "csrc/cuda"
 # -ffp-contract=off: the compiler may not fuse a product and a sum; where a GPU would, the kernels ask for it.
 FLAGS = ["-std=c++17", "-fno-math-errno", "-ffp-contract=off", "-w", f"-I{HOST}"]
-SOURCES = [KERNELS / "pe_layer_norm.cu", KERNELS / "pe_norm_pool.cu", HOST / "fibers.cpp"]
+SOURCES = [*(KERNELS / f"{name}.cu" for name in ("pe_layer_norm", "pe_norm_pool", "pe_chain")), HOST / "fibers.cpp"]
 
 
 def missing() -> str | None:

@@ -5,6 +5,7 @@ compute-sanitizer --tool memcheck python tests/gpu_kernels.py [BACKEND ...]
 
 import sys
 
+import test_pe_chain
 import torch
 from cases import Case, check
 
@@ -26,6 +27,11 @@ def main(names: list[str]) -> None:
             for op in ("norm", "pool"):
                 with mk.use_backend(name):
                     check(op, Case(**case, device="cuda"))
+                    check(op, Case(**case, normed_pos=True, device="cuda"))
+            for hierarchical in (True, False):
+                with mk.use_backend(name):
+                    shape = case["N"], case["D"], case["dtype"]
+                    test_pe_chain.check(test_pe_chain.Chain(3, *shape, hierarchical=hierarchical, device="cuda"))
         torch.cuda.synchronize()
         print(f"{name}: every kernel ran and is right")
 

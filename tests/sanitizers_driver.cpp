@@ -74,24 +74,41 @@ void check(const char* what, const Shape& s, const Memory& memory, Run run) {
   std::exit(1);
 }
 
-void run_case(const Kernels& kernels, Shape s, Dtype x, Dtype f, Dtype y, bool pos, bool expand) {
+// Whether a PE is given, and whether it is normalised already.
+enum class Pos { none, raw, normed };
+
+// pe_chain with B layers on N rows; expand: one row of pos, and of the gradient, for all.
+void run_chain(const Kernels& kernels, Shape s, Dtype x, Dtype y, bool hierarchical, bool expand) {
+  const Dtype wide = x == Dtype::f64 ? x : Dtype::f32;
+  Memory m;
+  const View p = expand ? m.expanded(x, s) : m.rows(x, s.N, s.D), w = m.rows(wide, s.B, s.D), b = expand ? View{} : m.rows(wide, s.B, s.D);
+  const PEChainInputs in{s.B, s.N, s.D, 1e-6, hierarchical, p, w, b};
+  const View out = m.tensor(y, s, true), dout = expand ? m.expanded(y, s) : m.tensor(y, s);
+  check("pe_chain_fwd", s, m, [&](ParallelFor f) { kernels.pe_chain_fwd(in, out, f); });
+  const PEChainGradients grad{m.rows(x, s.N, s.D, true), m.rows(wide, s.B, s.D, true), b ? m.rows(wide, s.B, s.D, true) : View{}};
+  check("pe_chain_bwd", s, m, [&](ParallelFor f) { kernels.pe_chain_bwd(in, dout, grad, f); });
+  check("pe_chain_bwd", s, m, [&](ParallelFor f) { kernels.pe_chain_bwd(in, dout, {{}, grad.weight, {}}, f); });
+}
+
+void run_case(const Kernels& kernels, Shape s, Dtype x, Dtype f, Dtype y, Pos given, bool expand) {
+  const bool pos = given != Pos::none, norm = given == Pos::raw;
   const Dtype wide = x == Dtype::f64 ? x : Dtype::f32, h_type = f == Dtype::absent || f == x ? x : wide;
   const int64_t P = s.N - s.prefix;
   Memory m;
   const View input = expand ? m.expanded(x, s) : m.tensor(x, s);
   const View branch = f == Dtype::absent ? View{} : m.tensor(f, s), scale = branch ? m.vector(wide, s.B) : View{};
   const View h = branch ? m.tensor(h_type, s, true) : input, stats = m.rows(wide, 2 * s.B, s.N, true);
-  const View p = pos ? m.rows(x, P, s.D) : View{}, wp = pos ? m.vector(x, s.D) : View{}, bp = pos ? m.vector(x, s.D) : View{};
+  const View p = pos ? m.rows(x, P, s.D) : View{}, wp = norm ? m.vector(x, s.D) : View{}, bp = norm ? m.vector(x, s.D) : View{};
   const Inputs in{s, 1e-6, 1e-5, input, branch, scale, m.vector(wide, s.D), m.vector(wide, s.D), p, wp, bp};
   const View no_h = branch ? h : View{};
-  const PELayerNormOutputs out{m.tensor(y, s, true), no_h, pos ? m.rows(x, P, s.D, true) : View{}, stats};
+  const PELayerNormOutputs out{m.tensor(y, s, true), no_h, norm ? m.rows(x, P, s.D, true) : View{}, stats};
   check("pe_layer_norm_fwd", s, m, [&](ParallelFor f) { kernels.pe_layer_norm_fwd(in, out, f); });
 
   const Saved saved{s, 1e-5, h, stats, scale, in.weight, p, wp};
   const Gradients grad{m.tensor(x, s, true),           branch ? m.tensor(f, s, true) : View{},  m.vector(wide, s.D, true),
-                       m.vector(wide, s.D, true),      pos ? m.rows(x, P, s.D, true) : View{},  pos ? m.vector(x, s.D, true) : View{},
-                       pos ? m.vector(x, s.D, true) : View{}};
-  const View dy = m.tensor(y, s), dh = m.tensor(h_type, s), dpos_out = pos ? m.rows(x, P, s.D) : View{};
+                       m.vector(wide, s.D, true),      pos ? m.rows(x, P, s.D, true) : View{},  norm ? m.vector(x, s.D, true) : View{},
+                       norm ? m.vector(x, s.D, true) : View{}};
+  const View dy = m.tensor(y, s), dh = m.tensor(h_type, s), dpos_out = norm ? m.rows(x, P, s.D) : View{};
   check("pe_layer_norm_bwd", s, m, [&](ParallelFor f) { kernels.pe_layer_norm_bwd(saved, dy, dh, dpos_out, grad, f); });
   const Gradients few{{}, grad.branch, {}, grad.bias, {}, {}, grad.pos_bias};
   check("pe_layer_norm_bwd", s, m, [&](ParallelFor f) { kernels.pe_layer_norm_bwd(saved, dy, {}, {}, few, f); });
@@ -117,13 +134,14 @@ int main() {
     if (!(*k)->runs_here()) continue;
     for (const Shape& s : shapes)
       for (const auto& t : types)
-        for (const bool pos : {false, true})
+        for (const Pos pos : {Pos::none, Pos::raw, Pos::normed})
           for (const bool expand : {false, true}) {
-            one_sign = expand != pos;
+            one_sign = expand != (pos != Pos::none);
             run_case(**k, s, t[0], t[1], t[2], pos, expand);
+            if (s.B && pos != Pos::none) run_chain(**k, s, t[0], t[2], pos == Pos::raw, expand);
           }
     // Above the size from which outputs are streamed.
-    run_case(**k, {9, 1900, 192, 0}, Dtype::f32, Dtype::absent, Dtype::f32, true, false);
+    run_case(**k, {9, 1900, 192, 0}, Dtype::f32, Dtype::absent, Dtype::f32, Pos::raw, false);
     std::printf("%s ok\n", (*k)->isa);
   }
 }

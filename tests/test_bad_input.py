@@ -10,6 +10,7 @@ from cases import Case, fused
 import mpvg_kernels as mk
 
 B, N, D = 2, 4, 8
+NORMED = dict(pos=None, pos_weight=None, pos_bias=None)
 
 # name: (what to change in a correct call, error type, what the message must say)
 MISTAKES = {
@@ -75,6 +76,32 @@ MISTAKES = {
     ),
     "pos_bias without pos": (dict(pos=None, pos_weight=None), ValueError, "given without pos"),
     "pos_bias of another width": (dict(pos_bias=torch.ones(D + 2)), ValueError, r"pos_bias has shape \(10,\)"),
+    "normed_pos besides pos": (
+        dict(normed_pos=torch.ones(N, D)),
+        ValueError,
+        "normed_pos is given with pos, pos_weight",
+    ),
+    "normed_pos with a pos_bias": (
+        dict(normed_pos=torch.ones(N, D), pos=None, pos_weight=None),
+        ValueError,
+        "normed_pos is given with pos, pos_weight or pos_bias",
+    ),
+    "normed_pos no tensor": (NORMED | dict(normed_pos=0), TypeError, "normed_pos must be a tensor, not int"),
+    "normed_pos of another N": (
+        NORMED | dict(normed_pos=torch.ones(N - 1, D)),
+        ValueError,
+        r"normed_pos has shape \(3, 8\): expected \(4, 8\) or \(1, 4, 8\)",
+    ),
+    "normed_pos half for a float x": (
+        NORMED | dict(normed_pos=torch.ones(N, D).half()),
+        TypeError,
+        "normed_pos has dtype torch.float16: expected torch.float32",
+    ),
+    "normed_pos on another device": (
+        NORMED | dict(normed_pos=torch.ones(N, D, device="meta")),
+        ValueError,
+        "normed_pos is on meta and x on",
+    ),
     "pos on another device": (dict(pos=torch.ones(N, D, device="meta")), ValueError, "pos is on meta and x on"),
     "weight on another device": (dict(weight=torch.ones(D, device="meta")), ValueError, "weight is on meta and x on"),
     "branch on another device": (dict(branch=torch.ones(B, N, D, device="meta")), ValueError, "branch is on meta"),

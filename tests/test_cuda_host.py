@@ -180,6 +180,15 @@ def test_rows_wider_than_the_register_kernels(width):
             check(op, Case(2, 3, width, branch_dtype=torch.float32, scale=True, num_prefix_tokens=1))
 
 
+@pytest.mark.parametrize("hierarchical", (True, False))
+def test_chain_rows_wider_than_the_register_kernels(hierarchical):
+    host_run()
+    from test_pe_chain import Chain, check
+
+    with mk.use_backend("cuda"):
+        check(Chain(2, 1, 8193, hierarchical=hierarchical))
+
+
 def test_wide_aligned_rows_take_several_warps():
     host_run()
     from cases import Case, check

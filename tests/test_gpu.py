@@ -10,8 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import test_pe_chain
 import torch
 from cases import TENSORS, Case, check, fused, gradients
+from test_pe_chain import Chain
 
 import mpvg_kernels as mk
 from mpvg_kernels import backends
@@ -40,6 +42,12 @@ def run(op: str, t: dict, case: Case) -> list[torch.Tensor]:
     out = {name: v for name, v in out.items() if v is not None}
     grads = gradients(out, t, {name: torch.ones_like(v) for name, v in out.items()})
     return [*(v.detach() for v in out.values()), *(g for g in grads.values() if g is not None)]
+
+
+def run_chain(t: dict, case: Chain) -> list[torch.Tensor]:
+    """The same of pe_chain."""
+    out = test_pe_chain.chain(t, case)
+    return [out.detach(), *test_pe_chain.gradients(out, t, torch.ones_like(out)).values()]
 
 
 def assert_same(a: list[torch.Tensor], b: list[torch.Tensor]) -> None:
@@ -188,6 +196,56 @@ def test_bitwise_repeatable(op, shape, backend):
                 busy = torch.tanh(busy @ busy)
         assert_same(run(op, t, case), first)
     torch.cuda.synchronize()
+
+
+@pytest.mark.parametrize("hierarchical", (True, False))
+@pytest.mark.parametrize("D", (192, 50, 1280))
+def test_chain_capture_and_repeatability(D, hierarchical, backend):
+    """At full size: the plain formula's result, the same bits in each run, and in a captured graph on new data."""
+    case = Chain(12, 197, D, BF16, hierarchical=hierarchical, device="cuda")
+    t = case.inputs()
+    test_pe_chain.check(case, t)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # what compiles at the first call must not do so inside the capture
+        first = run_chain(t, case)
+    torch.cuda.current_stream().wait_stream(side)
+    assert_same(run_chain(t, case), first)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run_chain(t, case)
+    other = Chain(12, 197, D, BF16, hierarchical=hierarchical, seed=1, device="cuda").inputs()
+    with torch.no_grad():
+        for name, tensor in t.items():
+            tensor.copy_(other[name])
+    graph.replay()
+    assert_same(captured, run_chain(other, case))
+
+
+@pytest.mark.parametrize("D", (192, 24))
+def test_chain_on_misaligned_storage(D, backend):
+    case = Chain(3, 9, D, F16, F16, device="cuda")
+    t = case.inputs()
+    moved = {n: torch.cat((v.new_zeros(1), v.detach().flatten()))[1:].view(v.shape) for n, v in t.items()}
+    test_pe_chain.check(case, {n: v.requires_grad_() for n, v in moved.items()})
+
+
+def test_chain_of_wide_and_many_rows(backend):
+    """32 layers of 8192 columns, the widest row that stays in registers; and a result of more than 2^31 elements."""
+    test_pe_chain.check(Chain(32, 3, 8192, device="cuda"))
+    L, K, D = 12, 240_000, 768
+    needed, free = 13 * L * K * D, torch.cuda.mem_get_info()[0]  # two tables in bf16 and scratch rows in fp32
+    if free < needed:
+        pytest.skip(f"needs {needed / 2**30:.0f} GiB of GPU memory, and {free / 2**30:.0f} GiB are free")
+    torch.cuda.empty_cache()
+    weight, few = torch.randn(L, D, device="cuda"), 5
+    pos = torch.randn(K, D, device="cuda", dtype=BF16).requires_grad_()
+    small = pos[-few:].detach().requires_grad_()
+    out, want = mk.pe_chain(pos, weight), mk.pe_chain(small, weight)
+    assert_same([out[:, -few:]], [want])
+    (got,) = torch.autograd.grad(out, pos, torch.ones_like(out))
+    (expected,) = torch.autograd.grad(want, small, torch.ones_like(want))
+    assert_same([got[-few:]], [expected])
 
 
 def sanitizer() -> str | None:

@@ -50,6 +50,12 @@ DTYPES = [
 
 
 @pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_normed_pos_shapes(op, shape, backend, device):
+    check(op, Case(*shape, branch_dtype=F32, normed_pos=True, device=device))
+
+
+@pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("dtypes", DTYPES, ids=lambda d: "-".join(str(x).split(".")[-1] for x in d))
 @pytest.mark.parametrize("D", (40, 64))  # ragged, and whole vectors in every dtype
 def test_dtypes(op, dtypes, D, backend, device):
@@ -62,12 +68,54 @@ def test_dtypes(op, dtypes, D, backend, device):
 
 
 @pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("pos", (False, True))
+@pytest.mark.parametrize("pos", ("no pos", "pos", "normed_pos"))
 @pytest.mark.parametrize("bias", (False, True))
 @pytest.mark.parametrize("branch,scale", [(None, False), (F32, False), (F32, True)])
 @pytest.mark.parametrize("prefix", (0, 2))
 def test_flags(op, pos, bias, branch, scale, prefix, backend, device):
-    check(op, Case(3, 6, 24, F32, branch, pos=pos, bias=bias, scale=scale, num_prefix_tokens=prefix, device=device))
+    given = dict(pos=pos != "no pos", normed_pos=pos == "normed_pos")
+    check(op, Case(3, 6, 24, F32, branch, bias=bias, scale=scale, num_prefix_tokens=prefix, device=device, **given))
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("dtype,param,out", [(BF16, BF16, None), (F16, F32, BF16), (F64, F64, None)])
+@pytest.mark.parametrize("D", (40, 64))
+def test_normed_pos_dtypes(op, dtype, param, out, D, backend, device):
+    if dtype == F64 and backend in ("triton", "cuda"):
+        pytest.skip(f"{backend} has no float64")
+    check(op, Case(4, 6, D, dtype, None, param, out, normed_pos=True, num_prefix_tokens=1, device=device))
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("needs", [("pos",), ("x",), ("bias",), ("pos", "weight")])
+def test_normed_pos_partial_gradients(op, needs, backend, device):
+    check(op, Case(9, 18, 24, normed_pos=True, needs=frozenset(needs), device=device))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_normed_pos_gradcheck(op, backend, device):
+    if backend in ("triton", "cuda"):
+        pytest.skip(f"{backend} has no float64")
+    case = Case(2, 3, 5, F64, F64, F64, normed_pos=True, num_prefix_tokens=1, device=device)
+    t = case.inputs()
+    names = [n for n in TENSORS if t[n] is not None]
+    assert gradcheck(
+        lambda *v: tuple(fused(op, t | dict(zip(names, v, strict=True)), case)[0].values()), [t[n] for n in names]
+    )
+
+
+def test_normed_pos_is_handed_on(backend, device):
+    """The result's pos is normed_pos itself; LN'(pos) beforehand changes no more than roundings."""
+    case = Case(3, 4, 16, pos_batched=True, device=device)
+    t = case.inputs()
+    want = fused("norm", t, case)[0]
+    p = torch.nn.functional.layer_norm(t["pos"], (16,), t["pos_weight"], t["pos_bias"], 1e-6)
+    got = mk.pe_layer_norm(t["x"], t["weight"], t["bias"], normed_pos=p)
+    assert got.pos is p
+    torch.testing.assert_close(got.y, want["y"])
+    torch.testing.assert_close(
+        mk.pe_norm_pool(t["x"], t["weight"], t["bias"], normed_pos=p), fused("pool", t, case)[0]["out"]
+    )
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -389,8 +437,8 @@ def test_checkpoint(backend, device):
 
 
 @pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("branch", (None, BF16))
-def test_opcheck(op, branch, backend, device):
+@pytest.mark.parametrize("branch,normed_pos", [(None, False), (BF16, False), (None, True)])
+def test_opcheck(op, branch, normed_pos, backend, device):
     """Schema, fakes and aliasing of the raw operators, as torch.library checks them."""
     if backend == "reference":
         pytest.skip("reference has no raw operator")
@@ -398,6 +446,7 @@ def test_opcheck(op, branch, backend, device):
 
     module = pe_norm_pool if op == "pool" else pe_layer_norm
     case = Case(3, 4, 16, F32, branch, scale=branch is not None, needs=frozenset(), device=device)
+    case.normed_pos = normed_pos
     t = case.inputs()
     args = [t[n] for n in ("x", "branch", "branch_scale", "weight", "bias", "pos", "pos_weight", "pos_bias")]
     tests = ("test_schema", "test_faketensor")
@@ -410,7 +459,7 @@ def test_opcheck(op, branch, backend, device):
     else:
         h, pos_out, stats = saved
         h = t["x"] if h is None else h
-        head = (dy, torch.randn_like(h), torch.randn_like(pos_out), h, stats)
+        head = (dy, torch.randn_like(h), None if normed_pos else torch.randn_like(pos_out), h, stats)
     tail = (t["weight"], t["branch_scale"], t["pos"], t["pos_weight"], 1e-6, 0, F32, branch or F32, 127)
     torch.library.opcheck(module.BACKWARD[backend], (*head, *tail), test_utils=tests)
 

@@ -3,6 +3,8 @@
 import pytest
 import torch
 from cases import TENSORS, Case, check
+from test_pe_chain import NAMES, Chain
+from test_pe_chain import check as check_chain
 
 pytest.importorskip("hypothesis", reason="hypothesis is not installed")
 
@@ -29,6 +31,7 @@ def cases(draw):
         draw(st.sampled_from([F32, dtype])),
         draw(st.none() | dtypes),
         pos=draw(st.booleans()),
+        normed_pos=draw(st.booleans()),
         bias=draw(st.booleans()),
         scale=branch is not None and draw(st.booleans()),
         num_prefix_tokens=draw(st.integers(0, n - 1)),
@@ -42,10 +45,30 @@ def cases(draw):
     )
 
 
+@st.composite
+def chains(draw):
+    """Any call of pe_chain at small sizes."""
+    dtype = draw(dtypes)
+    return Chain(
+        draw(st.integers(1, 6)),
+        draw(st.integers(1, 40)),
+        draw(st.integers(1, 70) | st.sampled_from([96, 128, 200, 256, 384])),
+        dtype,
+        draw(st.sampled_from([F32, dtype])),
+        draw(st.none() | dtypes),
+        bias=draw(st.booleans()),
+        hierarchical=draw(st.booleans()),
+        offset=draw(st.sampled_from([0.0, 10.0, -300.0])),
+        eps=draw(st.sampled_from([1e-6, 1e-5, 1e-2])),
+        seed=draw(st.integers(0, 2**16)),
+        needs=frozenset(draw(st.sets(st.sampled_from(NAMES)))),
+    )
+
+
 EXAMPLES = {"reference": 100, "cpp": 600, "triton": 25, "cuda": 25}
 
 
-@pytest.mark.parametrize("op", ("norm", "pool"))
+@pytest.mark.parametrize("op", ("norm", "pool", "chain"))
 def test_random_cases(op, backend, device):
     @settings(
         max_examples=EXAMPLES[backend],
@@ -54,9 +77,9 @@ def test_random_cases(op, backend, device):
         suppress_health_check=list(HealthCheck),
         database=None,
     )
-    @given(cases())
+    @given(chains() if op == "chain" else cases())
     def run(case):
         case.device = device
-        check(op, case)
+        check_chain(case) if op == "chain" else check(op, case)
 
     run()

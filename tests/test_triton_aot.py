@@ -18,13 +18,13 @@ F32, BF16, F16 = "float32", "bfloat16", "float16"
 # dtype and every flag.
 CALLS = {
     "deit_tiny": Call(196, 192, BF16, BF16, F32, BF16),
-    "deit_small_fp32": Call(196, 384, F32, None, F32, F32),
+    "deit_small_fp32": Call(196, 384, F32, None, F32, F32, hierarchical=False),
     "deit_base_mixed": Call(197, 768, F32, BF16, F32, BF16, num_prefix_tokens=1),
     "deit_base_no_pos": Call(197, 768, BF16, BF16, BF16, BF16, pos=False),
     "swin_fp16": Call(3136, 96, F16, None, F16, F16),
-    "t2t_fp32": Call(196, 256, F32, F32, F32, F32),
+    "t2t_fp32": Call(196, 256, F32, F32, F32, F32, pos_norm=False),
     "huge_mixed": Call(256, 1280, BF16, F16, F32, F32, num_prefix_tokens=4),
-    "odd": Call(50, 33, F32, F16, F32, F32),
+    "odd": Call(50, 33, F32, F16, F32, F32, hierarchical=False),
     "widest": Call(64, 8192, F32, F32, F32, F32),
 }
 
@@ -56,11 +56,12 @@ def test_compiles_within_registers(arch, case, results):
 
 def test_every_kernel_is_compiled(results):
     """A kernel added to triton_ops and reached by no case here would go untested."""
-    from mpvg_kernels.triton_ops import pe_layer_norm, pe_norm_pool
+    from mpvg_kernels.triton_ops import pe_chain, pe_layer_norm, pe_norm_pool
 
-    defined = {name for module in (pe_layer_norm, pe_norm_pool) for name in vars(module) if name.endswith("_kernel")}
+    modules = {module.__name__.rpartition(".")[2]: module for module in (pe_chain, pe_layer_norm, pe_norm_pool)}
+    defined = {(op, name) for op, module in modules.items() for name in vars(module) if name.endswith("_kernel")}
     for cases in results.values():
-        assert {k.kernel for case in cases.values() for k in case} == defined
+        assert {(k.operator, k.kernel) for case in cases.values() for k in case} == defined
 
 
 @pytest.mark.parametrize("N", (1, 3, 49, 196, 577, 3136))

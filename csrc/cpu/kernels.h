@@ -16,6 +16,8 @@ using ParallelFor = void (*)(int64_t n, int64_t grain, Body body, void* context)
 struct Kernels {
   const char* isa;
   bool (*runs_here)();
+  void (*pe_chain_fwd)(const PEChainInputs&, View out, ParallelFor);
+  void (*pe_chain_bwd)(const PEChainInputs&, View dout, const PEChainGradients&, ParallelFor);
   void (*pe_layer_norm_fwd)(const Inputs&, const PELayerNormOutputs&, ParallelFor);
   void (*pe_layer_norm_bwd)(const Saved&, View dy, View dh, View dpos_out, const Gradients&, ParallelFor);
   void (*pe_norm_pool_fwd)(const Inputs&, const PENormPoolOutputs&, ParallelFor);

@@ -11,7 +11,7 @@ Outputs pe_layer_norm_fwd(Tensor x, MaybeTensor branch, MaybeTensor branch_scale
   const ScalarType x_dtype = x.scalar_type();
   Output y(on, true, {B, N, D}, out_dtype);
   Output h(on, bool(branch), {B, N, D}, branch ? promote(x_dtype, branch->scalar_type()) : x_dtype);
-  Output pos_out(on, bool(pos), {N - num_prefix_tokens, D}, pos ? pos->scalar_type() : x_dtype);
+  Output pos_out(on, bool(pos_weight), {N - num_prefix_tokens, D}, pos ? pos->scalar_type() : x_dtype);
   Output stats(on, save, {2, B, N}, arithmetic(x_dtype));
   kernels().pe_layer_norm_fwd({{B, N, D, num_prefix_tokens}, eps, pos_eps, view(x), view(branch), view(branch_scale), view(weight),
                                view(bias), view(pos), view(pos_weight), view(pos_bias)},

@@ -15,13 +15,14 @@ constexpr int64_t kPoolUnits = 32;
 // reads again: streamed out at 14 MB in all, forward and backward took 1.2 to 1.3 times as long.
 constexpr int64_t kPoolStreamBytes = 20 << 20;
 
-// addend = b + mean_n p'[n] = b + wp * mean_n phat[n] + bp
+// addend = b + mean_n p'[n] = b + wp * mean_n phat[n] + bp. Without a wp, p is p' already: phat = p, wp = 1.
 template <class T>
 const T* pool_addend(const Inputs& in, Scratch<T>& scratch, ParallelFor parallel_for) {
   const int64_t D = in.shape.D, Dp = padded<T>(D), P = in.shape.N - in.shape.prefix, blocks = ceil_div(P, kPosRows);
   T* addend = parameter(scratch, in.bias, D);
   if (!in.pos) return addend;
-  const T* wp = parameter(scratch, in.pos_weight, D);
+  T* wp = parameter(scratch, in.pos_weight, D);
+  for (int64_t i = 0; !in.pos_weight && i < D; ++i) wp[i] = T(1);
   const T* bp = parameter(scratch, in.pos_bias, D);
   T* mean = scratch.take();
   T* phat_sums = scratch.take(blocks);
@@ -32,7 +33,9 @@ const T* pool_addend(const Inputs& in, Scratch<T>& scratch, ParallelFor parallel
     for (int64_t block = begin; block < end; ++block) {
       T* sum = phat_sums + block * Dp;
       zero_rows(sum, 1, Dp);
-      visit_tokens<T>(block * kPosRows, min(P, (block + 1) * kPosRows), D, [&](Group at, auto together) {
+      const int64_t n0 = block * kPosRows, n1 = min(P, n0 + kPosRows);
+      for (int64_t n = n0; !in.pos_weight && n < n1; ++n) read_row(buffer, in.pos, n, D), add_row(sum, buffer, Dp);
+      if (in.pos_weight) visit_tokens<T>(n0, n1, D, [&](Group at, auto together) {
         constexpr int R = together.rows;
         RowMoments<T, R> m;
         const T one[R] = {};

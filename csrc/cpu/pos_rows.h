@@ -21,10 +21,14 @@ MPVG_INLINE void visit_tokens(int64_t n0, int64_t n1, int64_t D, Step step) {
   visit<T>(0, 1, n0, n1, 0, D, step, [] {});
 }
 
-// table[n] = p'[n] + b, the addend of y;  pos_out[n] = p'[n] rounded
+// table[n] = p'[n] + b, the addend of y;  pos_out[n] = p'[n] rounded. Without a wp, p is p' already.
 template <class T>
 void pos_forward(const Inputs& in, const View& pos_out, const T* b, T* table, Scratch<T>& scratch, ParallelFor parallel_for) {
   const int64_t D = in.shape.D, Dp = padded<T>(D), P = in.shape.N - in.shape.prefix;
+  if (!in.pos_weight)
+    return run_parallel(parallel_for, P, Dp, [&](int64_t n0, int64_t n1) {
+      for (int64_t n = n0; n < n1; ++n) read_row(table + n * Dp, in.pos, n, D), add_row(table + n * Dp, b, Dp);
+    });
   const T* wp = parameter(scratch, in.pos_weight, D);
   const T* bp = parameter(scratch, in.pos_bias, D);
   T* both = scratch.take();
@@ -46,12 +50,17 @@ void pos_forward(const Inputs& in, const View& pos_out, const T* b, T* table, Sc
   });
 }
 
-// Backward of p' = LN(p; wp, bp) on tokens [n0, n1): dpos (may be absent) and these rows' terms of dwp and dbp, from dp', `dp_step` bytes a
+// Backward of p' = LN(p; wp, bp), or of p' = p, on tokens [n0, n1): dpos (may be absent) and these rows' terms of dwp and dbp, from dp', `dp_step` bytes a
 // token. `buffer` holds kTogether rows.
 template <class T>
 void pos_backward(const Saved& in, const View& dpos, const T* wp, int64_t n0, int64_t n1, const T* dp_out, int64_t dp_step, T* buffer, T* dwp,
                   T* dbp) {
   const int64_t D = in.shape.D;
+  const auto dp_row = [&](int64_t n) { return reinterpret_cast<const T*>(reinterpret_cast<const char*>(dp_out) + (n - n0) * dp_step); };
+  if (!in.pos_weight) {
+    for (int64_t n = n0; n < n1; ++n) write_row(dpos, n, dp_row(n), D);
+    return;
+  }
   const Stream<T> stream = pos_stream<T>(in.pos, D);
   const InputGradients<T, Also::sums> write_dpos(dpos.dtype, Dtype::absent);
   visit_tokens<T>(n0, n1, D, [&](Group at, auto together) {
@@ -60,7 +69,7 @@ void pos_backward(const Saved& in, const View& dpos, const T* wp, int64_t n0, in
     GradRow<pack<T, R>> k;
     const T one[R] = {};
     const Rows p = stream.get(at, together, false, one, T(in.pos_eps), buffer, m);
-    const Rows dp{const_cast<char*>(reinterpret_cast<const char*>(dp_out)) + (at.n - n0) * dp_step, dp_step};
+    const Rows dp{const_cast<T*>(dp_row(at.n)), dp_step};
     if (!dpos) return accumulate<T, R>(dp, p, m, dwp, {dbp}, padded<T>(D));
     find_grad_means<T, T, T, R, false>(dp, nullptr, p, nullptr, wp, m, k, padded<T>(D), T(1) / T(D));
     write_dpos(together, at.of(dpos), false, {}, dp, wp, p, m, k, nullptr, dwp, {dbp}, D);

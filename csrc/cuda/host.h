@@ -23,11 +23,16 @@ struct ScratchTensor {
   }
 };
 
-// The shape of a call. Kernels count samples, tokens and columns in 32 bits, and elements in 64.
+// Kernels count samples or layers, tokens and columns in 32 bits, and elements in 64.
+inline void check_sizes(const char* name, int64_t B, int64_t N, int64_t D) {
+  STD_TORCH_CHECK(std::max({B, N, D}) < int64_t(1) << 30, "mpvg: ", name, " of shape (", B, ", ", N, ", ", D,
+                  ") has an axis of 2^30 or more, which the CUDA kernels do not count to; use the backend 'reference'");
+}
+
+// The shape of a call.
 inline Shape shape_of(const Tensor& x, int64_t prefix) {
   const Shape shape{x.size(0), x.size(1), x.size(2), prefix};
-  STD_TORCH_CHECK(std::max({shape.B, shape.N, shape.D}) < int64_t(1) << 30, "mpvg: x of shape (", shape.B, ", ", shape.N, ", ", shape.D,
-                  ") has an axis of 2^30 or more, which the CUDA kernels do not count to; use the backend 'reference'");
+  check_sizes("x", shape.B, shape.N, shape.D);
   return shape;
 }
 

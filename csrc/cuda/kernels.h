@@ -18,5 +18,7 @@ void pe_layer_norm_fwd(const Inputs&, const PELayerNormOutputs&, cudaStream_t);
 void pe_layer_norm_bwd(const Saved&, View dy, View dh, View dpos_out, const Gradients&, Scratch, cudaStream_t);
 void pe_norm_pool_fwd(const Inputs&, const PENormPoolOutputs&, Scratch, cudaStream_t);
 void pe_norm_pool_bwd(const Saved&, View dout, View s, const Gradients&, Scratch, cudaStream_t);
+void pe_chain_fwd(const PEChainInputs&, View out, Scratch, cudaStream_t);
+void pe_chain_bwd(const PEChainInputs&, View dout, const PEChainGradients&, Scratch, cudaStream_t);
 
 }  // namespace mpvg::cuda

@@ -1,5 +1,5 @@
-// mpvg::pe_layer_norm_{fwd,bwd}_cuda and mpvg::pe_norm_pool_{fwd,bwd}_cuda: allocate the results and call the launchers of
-// pe_layer_norm.cu and pe_norm_pool.cu. Arguments are checked in Python.
+// mpvg::pe_layer_norm_{fwd,bwd}_cuda, mpvg::pe_norm_pool_{fwd,bwd}_cuda and mpvg::pe_chain_{fwd,bwd}_cuda: allocate the results and call the
+// launchers of the .cu files. Arguments are checked in Python.
 #include <algorithm>
 #include <string>
 
@@ -17,7 +17,7 @@ Outputs norm_fwd(Tensor x, MaybeTensor branch, MaybeTensor branch_scale, Tensor 
   const ScalarType x_dtype = x.scalar_type();
   Output y(on, true, {B, N, D}, out_dtype);
   Output h(on, bool(branch), {B, N, D}, branch ? promote(x_dtype, branch->scalar_type()) : x_dtype);
-  Output pos_out(on, bool(pos), {N - prefix, D}, pos ? pos->scalar_type() : x_dtype);
+  Output pos_out(on, bool(pos_weight), {N - prefix, D}, pos ? pos->scalar_type() : x_dtype);
   Output stats(on, save, {2, B, N}, ScalarType::Float);
   pe_layer_norm_fwd({shape, eps, pos_eps, view(x), view(branch), view(branch_scale), view(weight), view(bias), view(pos), view(pos_weight),
                      view(pos_bias)},
@@ -67,6 +67,33 @@ Grads pool_bwd(Tensor dout, Tensor h, Tensor stats, Tensor s, Tensor weight, May
   return grads.tensors();
 }
 
+PEChainInputs chain_inputs(const Tensor& pos, const Tensor& weight, const MaybeTensor& bias, double eps, bool hierarchical) {
+  const int64_t L = weight.size(0), K = pos.size(0), D = pos.size(1);
+  check_sizes("a result", L, K, D);
+  return {L, K, D, eps, hierarchical, view(pos), view(weight), view(bias)};
+}
+
+Tensor chain_fwd(Tensor pos, Tensor weight, MaybeTensor bias, double eps, bool hierarchical, ScalarType out_dtype) {
+  const OnDevice on(pos);
+  const PEChainInputs in = chain_inputs(pos, weight, bias, eps, hierarchical);
+  Output out(on, true, {in.L, in.K, in.D}, out_dtype);
+  ScratchTensor scratch{on, {}};
+  pe_chain_fwd(in, out.view, scratch, on.stream);
+  return out.tensor;
+}
+
+std::tuple<Tensor, Tensor, Tensor> chain_bwd(Tensor dout, Tensor pos, Tensor weight, MaybeTensor bias, double eps, bool hierarchical,
+                                             int64_t grad_mask) {
+  const OnDevice on(pos);
+  const PEChainInputs in = chain_inputs(pos, weight, bias, eps, hierarchical);
+  Output dpos(on, grad_mask & kChainPos, {in.K, in.D}, pos.scalar_type());
+  Output dweight(on, grad_mask & kChainWeight, {in.L, in.D}, weight.scalar_type());
+  Output dbias(on, grad_mask & kChainBias, {in.L, in.D}, weight.scalar_type());
+  ScratchTensor scratch{on, {}};
+  pe_chain_bwd(in, view(dout), {dpos.view, dweight.view, dbias.view}, scratch, on.stream);
+  return {dpos.tensor, dweight.tensor, dbias.tensor};
+}
+
 // What this extension was compiled for, as TORCH_CUDA_ARCH_LIST writes it, with spaces between.
 std::string architectures() { return MPVG_CUDA_ARCHITECTURES; }
 
@@ -80,6 +107,8 @@ STABLE_TORCH_LIBRARY_IMPL(mpvg, MPVG_DISPATCH_KEY, m) {
   m.impl("pe_layer_norm_bwd_cuda", TORCH_BOX(&norm_bwd));
   m.impl("pe_norm_pool_fwd_cuda", TORCH_BOX(&pool_fwd));
   m.impl("pe_norm_pool_bwd_cuda", TORCH_BOX(&pool_bwd));
+  m.impl("pe_chain_fwd_cuda", TORCH_BOX(&chain_fwd));
+  m.impl("pe_chain_bwd_cuda", TORCH_BOX(&chain_bwd));
 }
 
 }  // namespace mpvg::cuda

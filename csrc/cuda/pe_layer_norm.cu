@@ -39,11 +39,11 @@ void pe_layer_norm_bwd(const Saved& in, View dy, View dh, View dpos_out, const G
     Pieces pieces;
     const int64_t dy_rows = by_token ? slices * N : grad.bias ? blocks : 0, dw_rows = grad.weight ? blocks : 0;
     const int64_t dy_at = pieces.add(dy_rows * D, sizeof(float)), dw_at = pieces.add(dw_rows * D, sizeof(float));
-    const int64_t moments_at = pieces.add(by_token ? N - prefix : 0, sizeof(Moments<float>));
+    const int64_t moments_at = pieces.add(by_token && in.pos_weight ? N - prefix : 0, sizeof(Moments<float>));
     pieces.take(scratch);
     if (dy_rows) a.dy_partial = pieces.at<float>(dy_at);
     if (dw_rows) a.dw_partial = pieces.at<float>(dw_at);
-    if (by_token) a.moments = pieces.at<Moments<float>>(moments_at);
+    if (by_token && in.pos_weight) a.moments = pieces.at<Moments<float>>(moments_at);
   };
 
   bool launched = false;

@@ -1,4 +1,4 @@
-// Kernels of pe_layer_norm:  h = x + s[b] * f;  y = LN(h; w, b) + p';  p' = LN(pos; wp, bp).
+// Kernels of pe_layer_norm:  h = x + s[b] * f;  y = LN(h; w, b) + p';  p' = LN(pos; wp, bp), or pos itself without wp.
 //
 // Forward. A block owns a tile of token positions and a slice of the batch; each of its row groups owns one position. The group keeps p' +
 // b of that position in registers while the slice's samples go by: x (and f) in, y (and h) out, and nothing else is moved.
@@ -49,14 +49,17 @@ MPVG_ROW_KERNEL(T, P) pe_layer_norm_fwd_kernel(const __grid_constant__ NormForwa
   const bool there = a.pos && live && k >= 0;
   if (a.pos) {
     float p[P];
-    const Moments<float> m = L::pos_row(at, a.pos, k, there, a.pos_eps, p);
+    Moments<float> m = L::pos_row(at, a.pos, k, there, a.pos_eps, p);
+    if (!a.pos_weight) m = kAsItIs;
     if (there) L::chunks(at, [&](int c, int column) {
       float wp[L::E], bp[L::E] = {};
-      L::read(a.pos_weight, a.pos_weight.data, column, a.D, wp);
+#pragma unroll
+      for (int e = 0; e < L::E; ++e) wp[e] = 1;
+      if (a.pos_weight) L::read(a.pos_weight, a.pos_weight.data, column, a.D, wp);
       if (a.pos_bias) L::read(a.pos_bias, a.pos_bias.data, column, a.D, bp);
 #pragma unroll
       for (int e = 0; e < L::E; ++e) shift[c * L::E + e] = fma(normalised(p[c * L::E + e], m), wp[e], bp[e]);
-      if (slice == 0) L::write(a.pos_out, a.pos_out.row(0, k), column, a.D, shift + c * L::E);
+      if (slice == 0 && a.pos_out) L::write(a.pos_out, a.pos_out.row(0, k), column, a.D, shift + c * L::E);
     });
   }
   if (a.bias) L::chunks(at, [&](int c, int column) {
@@ -242,12 +245,13 @@ MPVG_FINISH_KERNEL pe_layer_norm_fwd_loop_kernel(const __grid_constant__ NormFor
   const bool has_pos = a.pos && k >= 0;
   const auto parameter = [](const Operand& o, int64_t d, float absent) { return o ? read_one(o, o.data, d) : absent; };
   Moments<float> pm;
-  const auto pos_out = [&](int64_t d) {
+  const auto pos_out = [&](int64_t d) {  // p', also where it is no result
     return fma(normalised(read_one(a.pos, a.pos.row(0, k), d), pm), parameter(a.pos_weight, d, 1), parameter(a.pos_bias, d, 0));
   };
   if (has_pos) {
-    pm = loop_moments(at, a.pos_eps, [&](int64_t d) { return read_one(a.pos, a.pos.row(0, k), d); });
-    over_columns(a.D, [&](int64_t d) { write_one(a.pos_out, a.pos_out.row(0, k), d, pos_out(d)); });
+    pm = kAsItIs;
+    if (a.pos_weight) pm = loop_moments(at, a.pos_eps, [&](int64_t d) { return read_one(a.pos, a.pos.row(0, k), d); });
+    if (a.pos_out) over_columns(a.D, [&](int64_t d) { write_one(a.pos_out, a.pos_out.row(0, k), d, pos_out(d)); });
   }
   for (int64_t b = 0; b < a.B; ++b) {
     const float s = parameter(a.scale, b, 1);

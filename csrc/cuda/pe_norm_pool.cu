@@ -8,7 +8,7 @@ namespace mpvg::cuda {
 void pe_norm_pool_fwd(const Inputs& in, const PENormPoolOutputs& out, Scratch scratch, cudaStream_t stream) {
   const int64_t B = in.shape.B, N = in.shape.N, D = in.shape.D, prefix = in.shape.prefix;
   PoolForward a{int(B), int(N), int(D), int(prefix), {}, float(in.eps), float(in.pos_eps), in.x, in.branch, in.scale, in.pos, out.h,
-                static_cast<float*>(out.stats.data), nullptr, nullptr};
+                bool(in.pos_weight), static_cast<float*>(out.stats.data), nullptr, nullptr};
   // h that is not kept is rounded to its dtype all the same.
   if (in.branch && !out.h) a.h.dtype = in.x.dtype == in.branch.dtype ? in.x.dtype : Dtype::f32;
   int64_t chunks = 1;
@@ -86,14 +86,14 @@ void pe_norm_pool_bwd(const Saved& in, View dout, View s, const Gradients& grad,
 
   const bool rows = grad.pos || grad.pos_weight;
   if (!rows && !grad.weight && !grad.bias && !grad.pos_bias) return;
-  const int64_t K = N - prefix;
+  const int64_t K = N - prefix, pos_moments = rows && in.pos_weight ? K : 0;
   Pieces pieces;
-  const int64_t dp_at = pieces.add(rows ? D : 0, sizeof(float)), moments_at = pieces.add(rows ? K : 0, sizeof(Moments<float>));
+  const int64_t dp_at = pieces.add(rows ? D : 0, sizeof(float)), moments_at = pieces.add(pos_moments, sizeof(Moments<float>));
   pieces.take(scratch);
   float* const dp = rows ? pieces.at<float>(dp_at) : nullptr;
-  Moments<float>* const moments = rows ? pieces.at<Moments<float>>(moments_at) : nullptr;
+  Moments<float>* const moments = pos_moments ? pieces.at<Moments<float>>(moments_at) : nullptr;
   const PoolSums sums{int(B), int(D), int(K), float(in.pos_eps), dout, s, in.pos, grad.weight, grad.bias, grad.pos_bias, dp, moments};
-  launch("pe_norm_pool_sums", pe_norm_pool_sums_kernel, ceil_div(D, Rules::strip) + (rows ? K : 0), Rules::finish_threads,
+  launch("pe_norm_pool_sums", pe_norm_pool_sums_kernel, ceil_div(D, Rules::strip) + pos_moments, Rules::finish_threads,
          Rules::finish_threads * sizeof(float), stream, sums);
   // dp' is the same row for every token: one slice, and a step of 0 from row to row.
   const Finish last{int(D), int(K), 0, 1, dp, 0, 0, moments, {}, in.pos, in.pos_weight, {}, grad.pos, grad.pos_weight, {}, {}, false};

@@ -1,4 +1,5 @@
 // Kernels of pe_norm_pool:  out[b] = w * s[b] + b + wp * s' + bp,  s[b] = mean_n hhat[b, n],  s' = mean_n phat[n]  (rows after the prefix).
+// Without wp, pos is normalised already: out[b] = w * s[b] + b + mean_n pos[n].
 //
 // Forward. A block owns a chunk of a sample's tokens and adds up their normalised rows in registers; pos is one more sample. output_kernel
 // adds up the chunks and applies the formula: two launches, because a sum over blocks without atomics needs an end of all of them.
@@ -17,6 +18,7 @@ struct PoolForward {
   Share share;  // tiles: chunks of a sample; samples: steps of a block's rows in a chunk
   float eps, pos_eps;
   Operand x, branch, scale, pos, h;
+  bool norm_pos;  // else pos is p' itself
   float* stats;
   float* partial;      // (B, chunks, D)
   float* pos_partial;  // (chunks, D)
@@ -36,7 +38,8 @@ MPVG_ROW_KERNEL(T, P) pe_norm_pool_fwd_kernel(const __grid_constant__ PoolForwar
   if (b == a.B) {  // pos, whose type is looked up
     for (int i = 0, n = n0; i < a.share.samples; ++i, n += rows) {
       float p[P];
-      const Moments<float> m = L::pos_row(at, a.pos, n, n < K, a.pos_eps, p);
+      Moments<float> m = L::pos_row(at, a.pos, n, n < K, a.pos_eps, p);
+      if (!a.norm_pos) m = kAsItIs;
       if (n < K) L::chunks(at, [&](int c, int) {
 #pragma unroll
         for (int e = 0; e < L::E; ++e) sum[c * L::E + e] += normalised(p[c * L::E + e], m);
@@ -115,7 +118,8 @@ MPVG_FINISH_KERNEL pe_norm_pool_output_kernel(const __grid_constant__ PoolOutput
   const float w = read_one(a.weight, a.weight.data, d);
   float addend = a.bias ? read_one(a.bias, a.bias.data, d) : 0.0f;
   if (a.pos_partial) {
-    addend = fma(strided_sum(a.pos_partial + d, a.chunks, a.D), read_one(a.pos_weight, a.pos_weight.data, d), addend);
+    const float wp = a.pos_weight ? read_one(a.pos_weight, a.pos_weight.data, d) : 1.0f;
+    addend = fma(strided_sum(a.pos_partial + d, a.chunks, a.D), wp, addend);
     if (a.pos_bias) addend += read_one(a.pos_bias, a.pos_bias.data, d);
   }
   for (int64_t b = first; b < min(int64_t(a.B), first + kOutputSamples); ++b) {
@@ -252,7 +256,8 @@ MPVG_FINISH_KERNEL pe_norm_pool_fwd_loop_kernel(const __grid_constant__ PoolForw
       const float v = read_one(a.x, a.x.row(b, n), d);
       return a.branch ? Storage<any, 4>::rounded(a.h, fma(s, read_one(a.branch, a.branch.row(b, n), d), v)) : v;
     };
-    const Moments<float> m = loop_moments(at, is_pos ? a.pos_eps : a.eps, h);
+    Moments<float> m = loop_moments(at, is_pos ? a.pos_eps : a.eps, h);
+    if (is_pos && !a.norm_pos) m = kAsItIs;
     over_columns(a.D, [&](int64_t d) {
       if (a.h.data && !is_pos) write_one(a.h, a.h.row(b, n), d, h(d));
       if (n >= a.prefix) sum[d] += normalised(h(d), m) * share;

@@ -25,6 +25,9 @@ constexpr int kExchange = 2 * 3 * 16;
 // A parameter vector in shared memory takes whole groups of four.
 MPVG_HD inline int padded(int D) { return (D + 3) / 4 * 4; }
 
+// Moments that leave a row as it is: of a pos without pos_weight, which is p' itself.
+constexpr Moments<float> kAsItIs{0, 0, 1};
+
 // The group of threads that this thread is in.
 struct RowGroup {
   int lanes, row, lane, D;
@@ -141,15 +144,19 @@ struct Layout {
     return moments(m1, sums[0], sums[1], at.inv_D, eps);
   }
 
+  __device__ static __forceinline__ Moments<float> row_moments(RowGroup& at, const float (&v)[P], float eps) {
+    float total[1] = {lane_sum(at, v)};
+    at.sum(total);
+    return statistics(at, v, total[0] * at.inv_D, eps);
+  }
+
   // Row n of pos and its moments; zeros where there is no such row. Every thread of the block has to call it.
   __device__ static __forceinline__ Moments<float> pos_row(RowGroup& at, const Operand& pos, int64_t n, bool there, float eps,
                                                            float (&v)[P]) {
 #pragma unroll
     for (int i = 0; i < P; ++i) v[i] = 0;
     if (there) chunks(at, [&](int c, int column) { read(pos, pos.row(0, n), column, at.D, v + c * E); });
-    float total[1] = {lane_sum(at, v)};
-    at.sum(total);
-    return statistics(at, v, total[0] * at.inv_D, eps);
+    return row_moments(at, v, eps);
   }
 
   // out[column] = the sum of v over the block's rows, added up in order through shared memory (rows * padded(D) floats).

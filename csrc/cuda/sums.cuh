@@ -95,7 +95,7 @@ struct Finish {
   int D, N, prefix, slices;
   const float* partial;       // dy summed over a slice: row n of slice s is at s * stride_s + n * stride_n
   int64_t stride_s, stride_n;
-  const Moments<float>* moments;  // of the rows of pos
+  const Moments<float>* moments;  // of the rows of pos; without pos_weight dpos is dp', and they are not read
   Operand dpos_out, pos, pos_weight;
   Operand dbias, dpos, dpos_weight, dpos_bias;  // results
   ColumnSum sums[2];          // results that are plain column sums
@@ -139,7 +139,7 @@ MPVG_FINISH_KERNEL finish_kernel(const __grid_constant__ Finish a) {
           if (k < 0) continue;
           if (a.dpos_out) dp += read_one(a.dpos_out, a.dpos_out.row(0, k), at.column);
           dbp += dp;
-          dwp = fma(dp, normalised(read_one(a.pos, a.pos.row(0, k), at.column), a.moments[k]), dwp);
+          if (a.dpos_weight) dwp = fma(dp, normalised(read_one(a.pos, a.pos.row(0, k), at.column), a.moments[k]), dwp);
         }
       db = at.sum(db), dwp = at.sum(dwp), dbp = at.sum(dbp);
       if (at.column < a.D) at.write(a.dbias, db), at.write(a.dpos_weight, dwp), at.write(a.dpos_bias, dbp);
@@ -156,6 +156,7 @@ MPVG_FINISH_KERNEL finish_kernel(const __grid_constant__ Finish a) {
     const float dp = slices_sum(a, n, d);
     return a.dpos_out ? dp + read_one(a.dpos_out, a.dpos_out.row(0, k), d) : dp;
   };
+  if (!a.pos_weight) return over_columns(a.D, [&](int64_t d) { write_one(a.dpos, a.dpos.row(0, k), d, dp_out(d)); });
   if (a.keep) over_columns(a.D, [&](int64_t d) { kept[d] = dp_out(d); });  // read by the thread that wrote it
   const auto v = [&](int64_t d) { return read_one(a.pos, pos, d); };
   const auto g = [&](int64_t d) { return (a.keep ? kept[d] : dp_out(d)) * read_one(a.pos_weight, a.pos_weight.data, d); };

@@ -24,6 +24,7 @@ from torch.nn.functional import pad
 
 from ..modules import FusedAddLayerNorm, FusedAddPELayerNorm, FusedPELayerNormPool
 from ..ops.common import join
+from .pos_tables import LastNorm, PosTables
 from .position_scheme import PositionScheme
 from .stream import draw_drop_path, make_layer_norm, run_and_join
 
@@ -70,6 +71,7 @@ class MPVGBlock(Block):
         pos: Tensor | None = None,
         attn_mask: Tensor | None = None,
         is_causal: bool = False,
+        normed_pos: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """One layer on the stream x + branch_scale * branch.
 
@@ -79,6 +81,7 @@ class MPVGBlock(Block):
             branch_scale: (B,), stochastic depth's factor of the branch for each sample, or None.
             pos: (1, N - num_prefix_tokens, D), the PE this layer starts from; a layer that takes none hands it on.
             attn_mask, is_causal: as in timm's Attention.
+            normed_pos: LN'(pos) where it is known already, in place of pos.
 
         Returns:
             x, branch, branch_scale, pos for the next layer: pos is LN'(pos) where this layer has an LN'.
@@ -86,7 +89,8 @@ class MPVGBlock(Block):
         if self.adds_pos:
             x = x + pad(pos, (0, 0, self.num_prefix_tokens, 0))
         if isinstance(self.norm1, FusedAddPELayerNorm):
-            y, x, pos = self.norm1(x, branch, pos, branch_scale)
+            given = pos if normed_pos is None else None
+            y, x, pos = self.norm1(x, branch, given, branch_scale, normed_pos=normed_pos)
         else:
             y, x = self.norm1(x, branch, branch_scale)
         branch = self.ls1(self.attn(y, attn_mask=attn_mask, is_causal=is_causal))
@@ -168,6 +172,7 @@ class MPVGVisionTransformer(VisionTransformer):
                 dtype=kwargs.get("dtype"),
             )
         tables = range(scheme.first_layer + (not scheme.add_to_input), depth) if scheme.join == "unshare" else ()
+        self.pos_tables = PosTables()
         self.layer_pos_embed = nn.ParameterDict({str(i): torch.empty_like(self.pos_embed) for i in tables})
         # As timm: "skip" leaves modules as they initialised themselves, and later calls of init_weights reset them.
         self.weight_init_mode = "reset" if weight_init == "skip" else weight_init
@@ -221,7 +226,7 @@ class MPVGVisionTransformer(VisionTransformer):
         is_causal: bool = False,
         take: Sequence[int] = (),
         stop: int | None = None,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, list[Tensor]]:
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, dict[str, Tensor], list[Tensor]]:
         """Everything before the last norm.
 
         Args:
@@ -229,18 +234,20 @@ class MPVGVisionTransformer(VisionTransformer):
             stop: run the layers before this one only.
 
         Returns:
-            x, branch, branch_scale: the stream, its last branch not joined yet; pos_last: the last norm's PE, without
-            rows for prefix tokens, or None; the taken streams (B, N, D), in the order of layers.
+            x, branch, branch_scale: the stream, its last branch not joined yet; last_pos: the last norm's PE, without
+            rows for prefix tokens, as its keyword pos or normed_pos, or nothing; the taken streams (B, N, D), in the
+            order of layers.
         """
         scheme, taken = self.scheme, []
         x, pos_0, tables = self._embed(image)
         branch = branch_scale = None
         pos_last = pos_0 if scheme.last == 0 else None
         pos = pos_0 if scheme.layerwise else None
+        normed, normed_last = self._normed_pos(pos_0)
         for i, block in enumerate(self.blocks):
             if i == stop:
                 break
-            args = x, branch, branch_scale, tables.get(i, pos), attn_mask, is_causal
+            args = x, branch, branch_scale, tables.get(i, pos), attn_mask, is_causal, normed.get(i)
             if self.grad_checkpointing:
                 x, pos_i = checkpoint(run_and_join, block, *args)
                 branch = branch_scale = None
@@ -254,29 +261,50 @@ class MPVGVisionTransformer(VisionTransformer):
                 pos = pos_i
             if i == scheme.last and i:
                 pos_last = pos_i
-        if pos_last is not None and not self.no_embed_class:
-            pos_last = pos_last[:, self.num_prefix_tokens :]
-        return x, branch, branch_scale, pos_last, taken
+        last_pos = {}
+        if normed_last is not None:
+            last_pos["normed_pos"] = normed_last
+        elif pos_last is not None:
+            last_pos["pos"] = pos_last if self.no_embed_class else pos_last[:, self.num_prefix_tokens :]
+        return x, branch, branch_scale, last_pos, taken
+
+    def _normed_pos(self, pos_0: Tensor) -> tuple[dict[int, Tensor], Tensor | None]:
+        """What is known of LN'(pos) before the first layer (`pos_tables`): by layer, and for the last norm."""
+        if pos_0 is not self.pos_embed:  # resampled for this image
+            return {}, None
+        norms = {i: block.norm1 for i, block in enumerate(self.blocks) if isinstance(block.norm1, FusedAddPELayerNorm)}
+        layers, k = list(norms), self.scheme.last
+        last = None
+        if k is not None and (k == 0 or k in norms) and isinstance(self.norm, FusedPELayerNormPool):
+            prefix = 0 if self.no_embed_class else self.num_prefix_tokens
+            last = LastNorm(self.norm, layers.index(k) if k else None, prefix)
+        tables = self.pos_tables(
+            pos_0, list(norms.values()), training=self.training, hierarchical=self.scheme.hierarchical, last=last
+        )
+        if tables is None:
+            return {}, None
+        return dict(zip(layers, tables, strict=False)), tables[-1] if last else None
 
     def _norm_tokens(
-        self, x: Tensor, pos: Tensor | None, branch: Tensor | None = None, branch_scale: Tensor | None = None
+        self, x: Tensor, last_pos: dict[str, Tensor], branch: Tensor | None = None, branch_scale: Tensor | None = None
     ) -> Tensor:
         """The last norm without the pool, (B, N, D); the stream itself where the norm was pruned away."""
         if isinstance(self.norm, nn.Identity):
             return x if branch is None else join(x, branch, branch_scale)
-        return self.norm.tokens(x, pos, branch, branch_scale)
+        return self.norm.tokens(x, branch=branch, branch_scale=branch_scale, **last_pos)
 
     def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Image (B, C, H, W) to all tokens after the last norm (with its PE, under a scheme that has it), (B, N, D)."""
-        x, branch, branch_scale, pos, _ = self._run_blocks(x, attn_mask, is_causal)
-        return self._norm_tokens(x, pos, branch, branch_scale)
+        x, branch, branch_scale, last_pos, _ = self._run_blocks(x, attn_mask, is_causal)
+        return self._norm_tokens(x, last_pos, branch, branch_scale)
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Image (B, C, H, W) to logits (B, num_classes); pooled schemes norm and pool in one kernel."""
-        x, branch, branch_scale, pos, _ = self._run_blocks(x, attn_mask, is_causal)
+        x, branch, branch_scale, last_pos, _ = self._run_blocks(x, attn_mask, is_causal)
         if self.global_pool == "avg" and not isinstance(self.norm, nn.Identity):
-            return self.head(self.head_drop(self.norm(x, pos, branch, branch_scale)))
-        return self.forward_head(self._norm_tokens(x, pos, branch, branch_scale))
+            pooled = self.norm(x, branch=branch, branch_scale=branch_scale, **last_pos)
+            return self.head(self.head_drop(pooled))
+        return self.forward_head(self._norm_tokens(x, last_pos, branch, branch_scale))
 
     def forward_intermediates(
         self,
@@ -315,9 +343,9 @@ class MPVGVisionTransformer(VisionTransformer):
             needs_pos = (norm or not intermediates_only) and not isinstance(self.norm, nn.Identity)
             stop = max(max_index, self.scheme.last or 0 if needs_pos else 0) + 1
         batch, _, height, width = x.shape
-        x, branch, branch_scale, pos, taken = self._run_blocks(x, attn_mask, is_causal, take, stop)
+        x, branch, branch_scale, last_pos, taken = self._run_blocks(x, attn_mask, is_causal, take, stop)
         if norm:
-            taken = [self._norm_tokens(y, pos) for y in taken]
+            taken = [self._norm_tokens(y, last_pos) for y in taken]
         prefix = [y[:, : self.num_prefix_tokens] for y in taken]
         taken = [y[:, self.num_prefix_tokens :] for y in taken]
         if output_fmt == "NCHW":
@@ -330,13 +358,13 @@ class MPVGVisionTransformer(VisionTransformer):
             if return_prefix_tokens:
                 result["image_intermediates_prefix"] = prefix
             if not intermediates_only:
-                result["image_features"] = self._norm_tokens(x, pos, branch, branch_scale)
+                result["image_features"] = self._norm_tokens(x, last_pos, branch, branch_scale)
             return result
         if return_prefix_tokens:
             taken = list(zip(taken, prefix, strict=True))
         if intermediates_only:
             return taken
-        return self._norm_tokens(x, pos, branch, branch_scale), taken
+        return self._norm_tokens(x, last_pos, branch, branch_scale), taken
 
     # ---- changing a built model
 

@@ -7,6 +7,8 @@ g = dy * w and hhat the normalised row, the backward is
     dp'   = dp'_next + sum_b dy[b]                             the only reduction over the batch besides dw
     dw    = sum_{b,n} dy * hhat            db = sum_{b,n} dy
     dpos, dw', db' = LayerNorm backward of dp' on N rows
+
+pos without pos_weight is p' itself, normalised already (by pe_chain): pos' is then no result, and dpos = sum_b dy[b].
 """
 
 import torch
@@ -46,9 +48,9 @@ def reference(
     y_BND = layer_norm(h_BND, weight_D, bias_D, options.eps)
     if pos_KD is None:
         return y_BND.to(options.out_dtype), h_BND, None
-    pos_out_KD = layer_norm(pos_KD, pos_weight_D, pos_bias_D, options.pos_eps)
+    pos_out_KD = pos_KD if pos_weight_D is None else layer_norm(pos_KD, pos_weight_D, pos_bias_D, options.pos_eps)
     y_BND = y_BND + pad(pos_out_KD, (0, 0, options.num_prefix_tokens, 0))
-    return y_BND.to(options.out_dtype), h_BND, pos_out_KD.to(pos_KD.dtype)
+    return y_BND.to(options.out_dtype), h_BND, None if pos_weight_D is None else pos_out_KD.to(pos_KD.dtype)
 
 
 def _fake_forward(
@@ -58,7 +60,7 @@ def _fake_forward(
     return (
         x.new_empty(x.shape, dtype=out_dtype),
         None if branch is None else x.new_empty(x.shape, dtype=h_dtype),
-        None if pos is None else pos.new_empty(pos.shape),
+        None if pos_weight is None else pos.new_empty(pos.shape),
         x.new_empty((2, *x.shape[:2]), dtype=accumulation_dtype(x.dtype)) if save else None,
     )
 

@@ -7,6 +7,8 @@ same for every token, nothing in the backward is summed over B * N, given S:
 
     dw = sum_b dout[b] * S[b]     db = sum_b dout[b]     dp'[n] = sum_b dout[b] / N
     g[b] = dout[b] * w / N        dh[b,n] = rstd * (g - mean(g) - hhat * mean(g * hhat))
+
+pos without pos_weight is p' itself, normalised already (by pe_chain): dpos = dp'.
 """
 
 import torch
@@ -44,7 +46,9 @@ def reference(
     h_BND = x_BND if branch_BND is None else join(x_BND, branch_BND, branch_scale_B)
     y_BKD = layer_norm(h_BND, weight_D, bias_D, options.eps)[:, options.num_prefix_tokens :]
     if pos_KD is not None:
-        y_BKD = y_BKD + layer_norm(pos_KD, pos_weight_D, pos_bias_D, options.pos_eps)
+        y_BKD = y_BKD + (
+            pos_KD if pos_weight_D is None else layer_norm(pos_KD, pos_weight_D, pos_bias_D, options.pos_eps)
+        )
     return y_BKD.mean(1).to(options.out_dtype)
 
 

@@ -7,11 +7,11 @@ interpreter: slow, and bf16 results are truncated there instead of rounded, but 
 import torch
 import triton
 
-from . import pe_layer_norm, pe_norm_pool
+from . import pe_chain, pe_layer_norm, pe_norm_pool
 
 _LIBRARY = torch.library.Library("mpvg", "IMPL")
 for _dispatch_key in ("CUDA", "CPU") if triton.knobs.runtime.interpret else ("CUDA",):
-    for _operator in (pe_layer_norm, pe_norm_pool):
+    for _operator in (pe_layer_norm, pe_norm_pool, pe_chain):
         _name = _operator.__name__.rpartition(".")[2]
         _LIBRARY.impl(f"{_name}_fwd_triton", _operator.forward, _dispatch_key)
         _LIBRARY.impl(f"{_name}_bwd_triton", _operator.backward, _dispatch_key)

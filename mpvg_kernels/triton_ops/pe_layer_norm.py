@@ -76,11 +76,12 @@ def forward_kernel(
         prefix = N - K
         has_pos = live & (n >= prefix)
         pos = load(pos_KD, (n - prefix) * D, has_pos, cols, D)
-        c, _, m2, rstd = row_statistics(pos, cols, D, pos_eps)
-        pos = mul(normalized(c, m2, rstd), load_vector(pos_w_D, T, cols, D))
-        pos = add(pos, load_vector(pos_b_D, T, cols, D))
-        if tl.program_id(1) == 0:
-            store(pos_out_KD, (n - prefix) * D, has_pos, cols, D, pos)
+        if pos_w_D is not None:
+            c, _, m2, rstd = row_statistics(pos, cols, D, pos_eps)
+            pos = mul(normalized(c, m2, rstd), load_vector(pos_w_D, T, cols, D))
+            pos = add(pos, load_vector(pos_b_D, T, cols, D))
+            if tl.program_id(1) == 0:
+                store(pos_out_KD, (n - prefix) * D, has_pos, cols, D, pos)
         shift = add(shift, kept(pos, has_pos))
     first = tl.cast(tl.program_id(1), tl.int64) * samples
     next_scale = load_scale(scale_B, first, B)  # a round ahead: it is not part of the loop's pipeline
@@ -151,7 +152,10 @@ def pos_grad_kernel(
     BIAS_SUM: tl.constexpr, D: tl.constexpr,
     WIDTH: tl.constexpr, BLOCKS: tl.constexpr, T: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """dp' = dp'_next + the sum of the S slices, taken back through LN'; column sums for db, dw' and db'."""
+    """dp' = dp'_next + the sum of the S slices, taken back through LN'; column sums for db, dw' and db'.
+
+    Without pos_w_D, pos is p' itself.
+    """
     cols = columns(WIDTH, BLOCKS)
     n = tile_rows(tl.program_id(0), T)
     live = n < N
@@ -168,13 +172,17 @@ def pos_grad_kernel(
     offset = (n - prefix) * D
     if dpos_out_KD is not None:
         dp = add(dp, load(dpos_out_KD, offset, has_pos, cols, D))
-    c, _, m2, rstd = row_statistics(load(pos_KD, offset, has_pos, cols, D), cols, D, pos_eps)
-    phat = kept(normalized(c, m2, rstd), has_pos)
-    store_column_sums(sums + F * D, cols, D, mul(dp, phat))
-    store_column_sums(sums + 2 * F * D, cols, D, dp)
-    if dpos_KD is not None:
-        grad = layer_norm_grad(mul(dp, load_vector(pos_w_D, T, cols, D)), c, m2, rstd, D)
-        store(dpos_KD, offset, has_pos, cols, D, grad)
+    if pos_w_D is None:
+        if dpos_KD is not None:
+            store(dpos_KD, offset, has_pos, cols, D, dp)
+    else:
+        c, _, m2, rstd = row_statistics(load(pos_KD, offset, has_pos, cols, D), cols, D, pos_eps)
+        phat = kept(normalized(c, m2, rstd), has_pos)
+        store_column_sums(sums + F * D, cols, D, mul(dp, phat))
+        store_column_sums(sums + 2 * F * D, cols, D, dp)
+        if dpos_KD is not None:
+            grad = layer_norm_grad(mul(dp, load_vector(pos_w_D, T, cols, D)), c, m2, rstd, D)
+            store(dpos_KD, offset, has_pos, cols, D, grad)
 
 
 @triton.jit
@@ -235,7 +243,7 @@ def pos_grads(
     dy_partial: Tensor,
     dpos_out: Tensor | None,
     pos: Tensor,
-    pos_weight: Tensor,
+    pos_weight: Tensor | None,
     pos_eps: float,
     N: int,
     grad_mask: int,
@@ -252,8 +260,10 @@ def pos_grads(
     launched = Launch(tile, programs, 1, dy_partial.shape[0], min(RULES.finishing_stages, dy_partial.shape[0]))
     sums = pos.new_empty((3, programs, D), dtype=torch.float32)
     dpos = torch.empty_like(pos) if grad_mask & GRAD_POS else None
-    dpos_weight = torch.empty_like(pos_weight) if grad_mask & GRAD_POS_WEIGHT else None
-    dpos_bias = torch.empty_like(pos_weight) if grad_mask & GRAD_POS_BIAS else None
+    dpos_weight = dpos_bias = None
+    if pos_weight is not None:
+        dpos_weight = torch.empty_like(pos_weight) if grad_mask & GRAD_POS_WEIGHT else None
+        dpos_bias = torch.empty_like(pos_weight) if grad_mask & GRAD_POS_BIAS else None
     pos_grad_kernel[(programs,)](
         dy_partial, dpos_out, pos, pos_weight, dpos, sums, dy_partial.shape[0], N, pos.shape[0],
         *dy_partial.stride()[:2], pos_eps,
@@ -281,7 +291,7 @@ def forward(
     B, N, D = x.shape
     y = x.new_empty((B, N, D), dtype=out_dtype)
     h = None if branch is None else x.new_empty((B, N, D), dtype=stream_dtype(x, branch))
-    pos_out = None if pos is None else torch.empty_like(pos)
+    pos_out = None if pos_weight is None else torch.empty_like(pos)
     stats = x.new_empty((2, B, N), dtype=torch.float32) if save else None
     read_bytes = x.itemsize + (0 if branch is None else branch.itemsize)
     launched = launch("pe_layer_norm_fwd", x.device, x.dtype, (B, N, D), read_bytes, False)

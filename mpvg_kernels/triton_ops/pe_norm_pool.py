@@ -4,6 +4,7 @@ Forward. The mean goes through both affine parts, so all that a sample needs is 
 
     out[b] = w * s[b] + b + w' * s' + b'      s[b] = mean_n hhat[b, n]      s' = mean_n phat[n]
 
+Without w', pos is normalised already, and its mean takes the place of the last two terms.
 One read of x, nothing of its size written. A program owns a chunk of one sample's tokens; `pool_kernel` adds up their
 normalised rows, and runs once more on pos, as on a batch of one. `output_kernel` adds up the chunks and applies the
 formula.
@@ -53,7 +54,7 @@ def pool_kernel(
     PREFIX: tl.constexpr, D: tl.constexpr,
     WIDTH: tl.constexpr, BLOCKS: tl.constexpr, T: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Each chunk's share of mean_n hhat. Prefix rows take part in h and stats, not in the mean."""
+    """Each chunk's share of mean_n hhat, or of mean_n h without eps. Prefix rows take part in h and stats alone."""
     cols = columns(WIDTH, BLOCKS)
     b = tl.cast(tl.program_id(0), tl.int64)
     scale = load_scale(scale_B, b, B)
@@ -68,17 +69,20 @@ def pool_kernel(
         h = load_stream(x_BND + b * x_b, n * x_n, branch_BND, branch_row, scale_B, scale, live, cols, D)
         if h_BND is not None:
             store(h_BND, row * D, live, cols, D, h)
-        c, m1, m2, rstd = row_statistics(h, cols, D, eps)
-        if stats_2BN is not None:
-            tl.store(stats_2BN + row, m1, mask=live)
-            tl.store(stats_2BN + (B + b) * N + n, rstd, mask=live)
-        # hhat = c * rstd - m2 * rstd: the second term is one number a row. A row past the end has c = 0 and no share.
-        pooled = live & (n >= N - K)
-        shift -= tl.where(pooled, m2 * rstd, 0.0)
-        share = scaled(c, tl.where(live, rstd, 0.0))
-        if PREFIX:
-            share = kept(share, pooled)
-        total = add(total, share)
+        if eps is None:
+            total = add(total, h)
+        else:
+            c, m1, m2, rstd = row_statistics(h, cols, D, eps)
+            if stats_2BN is not None:
+                tl.store(stats_2BN + row, m1, mask=live)
+                tl.store(stats_2BN + (B + b) * N + n, rstd, mask=live)
+            # hhat = c * rstd - m2 * rstd: the second term is one number a row. A row past the end has c = 0, no share.
+            pooled = live & (n >= N - K)
+            shift -= tl.where(pooled, m2 * rstd, 0.0)
+            share = scaled(c, tl.where(live, rstd, 0.0))
+            if PREFIX:
+                share = kept(share, pooled)
+            total = add(total, share)
     chunk = b * tl.num_programs(1) + tl.program_id(1)
     mean = scaled(shifted(total, shift), tl.div_rn(1.0, tl.cast(K, tl.float32)))
     store_column_sums(partial_BCD + chunk * D, cols, D, mean)
@@ -102,8 +106,10 @@ def output_kernel(
     if pos_partial_CD is not None:
         chunk = tl.arange(0, MOST_CHUNKS)[:, None]
         pos = load(pos_partial_CD, chunk * D, chunk < pos_chunks, cols, D)
-        pos = mul((tl.sum(pos[0], axis=0, keep_dims=True),), load_vector(pos_w_D, 1, cols, D))
-        out = add(out, add(pos, load_vector(pos_b_D, 1, cols, D)))
+        pos = (tl.sum(pos[0], axis=0, keep_dims=True),)
+        if pos_w_D is not None:
+            pos = add(mul(pos, load_vector(pos_w_D, 1, cols, D)), load_vector(pos_b_D, 1, cols, D))
+        out = add(out, pos)
     store(out_BD, b * D, live, cols, D, out)
 
 
@@ -168,9 +174,12 @@ def _mean_rows(
     h: Tensor | None,
     stats: Tensor | None,
     K: int,
-    eps: float,
+    eps: float | None,
 ) -> Tensor:
-    """Launch `pool_kernel`: partials (B, C, D) fp32 that add up to the mean of a sample's last K normalised rows."""
+    """Launch `pool_kernel`: partials (B, C, D) fp32 that add up to the mean of a sample's last K normalised rows.
+
+    Without eps of its rows as they are, which then are K.
+    """
     B, N, D = x.shape
     read_bytes = x.itemsize + (0 if branch is None else branch.itemsize)
     launched = launch("pe_norm_pool_fwd", x.device, x.dtype, (B, N, D), read_bytes, False)
@@ -206,6 +215,8 @@ def forward(
     stats = x.new_empty((2, B, N), dtype=torch.float32) if save else None
     with torch.cuda.device_of(x):
         partial = _mean_rows(x, branch, branch_scale, h, stats, K, eps)
+        if pos_weight is None:
+            pos_eps = None
         pos_partial = None if pos is None else _mean_rows(pos[None], None, None, None, None, K, pos_eps)
         chunks = partial.shape[1]
         # A single chunk's partial is s: then it is what the backward gets, and no second copy is written.

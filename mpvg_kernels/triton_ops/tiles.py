@@ -48,10 +48,14 @@ class LaunchRules:
     pe_layer_norm_bwd: LoopRules = field(default=LoopRules(threads=384))
     pe_norm_pool_fwd: LoopRules = field(default=LoopRules(threads=768))
     pe_norm_pool_bwd: LoopRules = field(default=LoopRules(threads=640))
-    # The finishing kernels run on N rows, not B*N: small programs spread them over more multiprocessors.
+    # The finishing kernels and pe_chain's run on N rows, not B*N: small programs spread them over more multiprocessors.
     finishing: LoopRules = field(default=LoopRules(threads=384, warps=1))
     # Their loops are short and have little work in them: latency is all that counts.
     finishing_stages: int = 6
+    # pe_chain's loop over layers: a layer's work takes as long as its loads, so that two ahead are enough, and each more
+    # is a second of compilation. What is ahead stays within so much shared memory: one layer of 8192 columns.
+    chain_stages: int = 3
+    chain_bytes: int = 96 << 10
     # Rows that don't start at a multiple of 16 elements are read one element at a time, by an address for each.
     unaligned_elements_per_thread: int = 8
     # Rows shorter than a warp: 4 lanes of 16 bytes read 64 bytes of one at a time, two whole sectors.

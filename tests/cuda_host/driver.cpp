@@ -189,6 +189,23 @@ void run_case(Shape s, Dtype x, Dtype f, Dtype y, bool pos, Layout layout) {
   });
 }
 
+// A shape's B is the number of layers here, its N that of rows.
+void run_chain(Shape s, Dtype x, Dtype parameter, Dtype y, bool hierarchical, Layout layout) {
+  Memory m, r;
+  const auto weights = [&](Memory& memory, bool result) { return memory.rows(parameter, s.B, s.D, result); };
+  const PEChainInputs in{s.B, s.N, s.D, 1e-5, hierarchical, m.rows(x, s.N, s.D), weights(m, false), s.D % 3 ? weights(m, false) : View{}};
+  const View out = r.tensor(y, s, true);
+  const View dout = layout == Layout::expanded ? m.expanded(y, s) : layout == Layout::unaligned ? m.unaligned(y, s) : m.tensor(y, s);
+  Temporary scratch;
+  check("pe_chain_fwd", s, r, {out}, [&] { cuda::pe_chain_fwd(in, out, scratch, nullptr); });
+  const PEChainGradients grad{r.rows(x, s.N, s.D, true), weights(r, true), weights(r, true)};
+  for (int wanted = 0; wanted < 8; ++wanted) {
+    const PEChainGradients g{wanted & 1 ? grad.pos : View{}, wanted & 2 ? grad.weight : View{}, wanted & 4 ? grad.bias : View{}};
+    check("pe_chain_bwd", s, r, {g.pos, g.weight, g.bias}, [&] { cuda::pe_chain_bwd(in, dout, g, scratch, nullptr); });
+    if (s.D > 8000 && wanted == 1) wanted = 6;  // wide rows take long here: dpos, and all
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -211,5 +228,10 @@ int main() {
         cuda_host::device.shared_per_block = number % 2 ? 227 << 10 : 99 << 10;
         run_case(s, t[0], t[1], t[2], pos, layout);
       }
+  for (const Shape& s : shapes)
+    for (const bool hierarchical : {true, false}) {
+      const auto& t = types[number++ % 6];
+      run_chain(s, t[0], number % 2 ? D::f32 : t[0], t[2], hierarchical, Layout(number % 3));
+    }
   std::printf("ok\n");
 }

@@ -49,5 +49,10 @@ int main() {
         cuda::pe_norm_pool_fwd(in, {rows(mix.y), tensor(mix.x), stats, rows(Dtype::f32)}, scratch, nullptr);
         say("pe_norm_pool", "backward");
         cuda::pe_norm_pool_bwd(saved, rows(mix.y), rows(Dtype::f32), grad, scratch, nullptr);
+        const PEChainInputs chain{12, s.N, D, 1e-6, true, rows(mix.x), rows(mix.parameter), rows(mix.parameter)};
+        say("pe_chain", "forward");
+        cuda::pe_chain_fwd(chain, tensor(mix.y), scratch, nullptr);
+        say("pe_chain", "backward");
+        cuda::pe_chain_bwd(chain, tensor(mix.y), {rows(mix.x), rows(mix.parameter), rows(mix.parameter)}, scratch, nullptr);
       }
 }
