@@ -7,9 +7,13 @@ MPVG_BACKEND sets the default.
 
 import difflib
 import functools
+import importlib
 import importlib.util
 import os
+import re
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -130,6 +134,29 @@ def runs_on(built: list[str], capability: tuple[int, int]) -> bool:
     return False
 
 
+@functools.cache
+def autograd_nodes() -> tuple[ModuleType | None, str]:
+    """The operators' autograd nodes in C++ (csrc/autograd.cpp), or None, and the reason in words.
+
+    Without them the Functions in `ops` do the same, for some 30 us more a call. They are built for one version of
+    PyTorch, which the file's name tells, so that another's is never loaded. MPVG_AUTOGRAD=python leaves them unused.
+    """
+    chosen = os.environ.get("MPVG_AUTOGRAD", "auto")
+    if chosen not in ("auto", "python"):
+        raise ValueError(f"MPVG_AUTOGRAD={chosen}: expected auto or python")
+    if chosen == "python":
+        return None, "MPVG_AUTOGRAD=python leaves them unused"
+    name = "_autograd_" + re.sub(r"\W", "_", torch.__version__)
+    built = sorted(path.name for path in Path(__file__).parent.glob("_autograd_*"))
+    if not any(name + suffix in built for suffix in EXTENSION_SUFFIXES):
+        state = f"built for another PyTorch or Python ({', '.join(built)})" if built else "not built"
+        return None, f"{state}; reinstall with MPVG_BUILD=cpu to build them for PyTorch {torch.__version__}"
+    try:
+        return importlib.import_module(f"{__package__}.{name}"), f"C++ nodes for PyTorch {torch.__version__}"
+    except ImportError as error:
+        return None, f"{name} does not load ({error}); reinstall with MPVG_BUILD=cpu to rebuild it"
+
+
 _requested: str = os.environ.get("MPVG_BACKEND", "auto")
 
 
@@ -219,3 +246,5 @@ def show_config() -> None:
         print(f"  {backend:<10}{'yes' if devices else 'no':<5}{reason}")
     for device_type in _AUTO:
         print(f"  auto on {device_type}: {_choose('auto', device_type)}")
+    nodes, reason = autograd_nodes()
+    print(f"  autograd in {'C++' if nodes else 'Python'}: {reason}")

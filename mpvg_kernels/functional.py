@@ -70,10 +70,11 @@ def pe_layer_norm(
         ValueError: a shape or value that does not fit; TypeError: a dtype; both name the argument.
         BackendUnavailableError: the backend asked for can't run on x's device.
     """
-    args = _prepare(
-        x, branch, branch_scale, weight, bias, pos, pos_weight, pos_bias, eps, pos_eps, num_prefix_tokens, out_dtype
-    )
-    y, stream, pos_out = _run(_pe_layer_norm, _pe_layer_norm.PELayerNormFunction, args)
+    args = (x, branch, branch_scale, weight, bias, pos, pos_weight, pos_bias, eps, pos_eps, num_prefix_tokens, out_dtype)
+    outputs = _run_in_cpp("pe_layer_norm", args)
+    if outputs is not None:
+        return PELayerNormOutput._make(outputs)
+    y, stream, pos_out = _run("pe_layer_norm", _pe_layer_norm, _pe_layer_norm.PELayerNormFunction, _prepare(*args))
     if x.dim() != 3:
         y, stream = y.view(x.shape), stream.view(x.shape)
     if pos is not None and pos.dim() != 2:
@@ -107,28 +108,46 @@ def pe_norm_pool(
 
     Raises: as `pe_layer_norm`; ValueError also when there is no token to pool (N == num_prefix_tokens).
     """
-    args = _prepare(
-        x, branch, branch_scale, weight, bias, pos, pos_weight, pos_bias, eps, pos_eps, num_prefix_tokens, out_dtype
-    )
+    args = (x, branch, branch_scale, weight, bias, pos, pos_weight, pos_bias, eps, pos_eps, num_prefix_tokens, out_dtype)
+    out = _run_in_cpp("pe_norm_pool", args)
+    if out is not None:
+        return out
+    args = _prepare(*args)
     if args[0].shape[1] == num_prefix_tokens:
         raise ValueError(
             f"x of shape {tuple(x.shape)} has no token to pool: expected more than the "
             f"num_prefix_tokens={num_prefix_tokens}"
         )
-    return _run(_pe_norm_pool, _pe_norm_pool.PENormPoolFunction, args)
+    return _run("pe_norm_pool", _pe_norm_pool, _pe_norm_pool.PENormPoolFunction, args)
 
 
-def _run(operator, function: type[torch.autograd.Function], args: tuple):
+def _run_in_cpp(name: str, args: tuple):
+    """Check and run an ordinary call in C++ (csrc/autograd.cpp); None where it is left to `_prepare` and `_run`."""
+    x = args[0]
+    if torch.compiler.is_compiling() or not isinstance(x, Tensor):
+        return None
+    nodes, _ = backends.autograd_nodes()
+    if nodes is None:
+        return None
+    backend = backends.resolve(x.device.type)
+    return None if backend == "reference" else getattr(nodes, name)(*args, backend)
+
+
+def _run(name: str, operator, function: type[torch.autograd.Function], args: tuple):
     """Call the operator on the chosen backend, through autograd only where a gradient can be asked for."""
-    backend = args[-1].backend
+    *tensors, options = args
+    backend = options.backend
     if backend == "reference":
         return operator.reference(*args)
+    outputs = _run_in_cpp(name, (*tensors, *options[:4]))  # what was not ordinary may be so now
+    if outputs is not None:
+        return outputs
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         raise RuntimeError(
             f"torch.func transforms do not go through the fused kernels (backend {backend!r}); "
             "call under mpvg_kernels.use_backend('reference')"
         )
-    if torch.is_grad_enabled() and any([a.requires_grad for a in args[:-1] if a is not None]):
+    if torch.is_grad_enabled() and any([t.requires_grad for t in tensors if t is not None]):
         return function.apply(*args)
     return operator.fused(*args)
 
