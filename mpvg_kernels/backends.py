@@ -145,14 +145,14 @@ def autograd_nodes() -> tuple[ModuleType | None, str]:
     if chosen not in ("auto", "python"):
         raise ValueError(f"MPVG_AUTOGRAD={chosen}: expected auto or python")
     if chosen == "python":
-        return None, "MPVG_AUTOGRAD=python leaves them unused"
+        return None, "MPVG_AUTOGRAD=python leaves the C++ nodes unused"
     name = "_autograd_" + re.sub(r"\W", "_", torch.__version__)
     built = sorted(path.name for path in Path(__file__).parent.glob("_autograd_*"))
     if not any(name + suffix in built for suffix in EXTENSION_SUFFIXES):
         state = f"built for another PyTorch or Python ({', '.join(built)})" if built else "not built"
         return None, f"{state}; reinstall with MPVG_BUILD=cpu to build them for PyTorch {torch.__version__}"
     try:
-        return importlib.import_module(f"{__package__}.{name}"), f"C++ nodes for PyTorch {torch.__version__}"
+        return importlib.import_module(f"{__package__}.{name}"), f"nodes for PyTorch {torch.__version__}"
     except ImportError as error:
         return None, f"{name} does not load ({error}); reinstall with MPVG_BUILD=cpu to rebuild it"
 
