@@ -70,7 +70,8 @@ def pe_layer_norm(
         ValueError: a shape or value that does not fit; TypeError: a dtype; both name the argument.
         BackendUnavailableError: the backend asked for can't run on x's device.
     """
-    args = (x, branch, branch_scale, weight, bias, pos, pos_weight, pos_bias, eps, pos_eps, num_prefix_tokens, out_dtype)
+    args = x, branch, branch_scale, weight, bias, pos, pos_weight, pos_bias
+    args += eps, pos_eps, num_prefix_tokens, out_dtype
     outputs = _run_in_cpp("pe_layer_norm", args)
     if outputs is not None:
         return PELayerNormOutput._make(outputs)
@@ -108,7 +109,8 @@ def pe_norm_pool(
 
     Raises: as `pe_layer_norm`; ValueError also when there is no token to pool (N == num_prefix_tokens).
     """
-    args = (x, branch, branch_scale, weight, bias, pos, pos_weight, pos_bias, eps, pos_eps, num_prefix_tokens, out_dtype)
+    args = x, branch, branch_scale, weight, bias, pos, pos_weight, pos_bias
+    args += eps, pos_eps, num_prefix_tokens, out_dtype
     out = _run_in_cpp("pe_norm_pool", args)
     if out is not None:
         return out

@@ -1,6 +1,6 @@
 """The autograd nodes: those in C++ against the Functions in Python, what C++ declines, and when it stays unused.
 
-tests/test_operators.py runs all of its cases on both; here is what a formula does not show: hooks, errors, saved tensors.
+tests/test_operators.py runs all of its cases on both; here is what no formula shows: hooks, errors, saved tensors.
 """
 
 import threading
@@ -68,7 +68,7 @@ CASES = [
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("case", CASES, ids=lambda c: f"{CASES.index(c)}")
 def test_both_give_and_save_the_same(op, case, in_python):
-    """The same bits, and the same tensors saved in the same order: a recomputation may run on the other kind of node."""
+    """The same bits, and the same tensors saved in the same order: one may recompute what the other saved."""
 
     def results():
         saved = []
@@ -81,9 +81,11 @@ def test_both_give_and_save_the_same(op, case, in_python):
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             out = fused(op, t, case)[0]
         found = gradients(out, t, {n: torch.ones_like(v) for n, v in out.items() if v is not None})
-        return saved, [v for v in (*out.values(), *found.values()) if v is not None], [
-            v is not None and v.requires_grad for v in out.values()
-        ]
+        return (
+            saved,
+            [v for v in (*out.values(), *found.values()) if v is not None],
+            [v is not None and v.requires_grad for v in out.values()],
+        )
 
     saved, tensors, differentiable = results()
     in_python()
