@@ -9,7 +9,9 @@ MPVG_BUILD says what is compiled:
     cuda  both extensions, or an error
 
 nvcc is found by CUDA_HOME, else on the PATH. The extensions use PyTorch's stable ABI: one binary serves every PyTorch
-from 2.11 and every Python from 3.10. PyTorch must be installed before, hence `pip install --no-build-isolation -e .`:
+from 2.11 and every Python from 3.10. With them comes one that does not and that nothing needs, csrc/autograd.cpp, which
+saves host time: it is for the PyTorch and the Python that it is built with, and where it does not compile this is said
+in a line, whatever MPVG_BUILD is. PyTorch must be installed before, hence `pip install --no-build-isolation -e .`:
 an isolated build would bring a second PyTorch.
 """
 
@@ -191,6 +193,7 @@ def extensions() -> list:
 
     modules = []
     if not missing["C++ CPU"]:
+        import torch
         from torch.utils.cpp_extension import CppExtension
 
         modules.append(
@@ -200,6 +203,14 @@ def extensions() -> list:
                 depends=files("*.h", "cpu/*.h"),
                 extra_compile_args={"cxx": CXX_FLAGS},
                 py_limited_api=True,
+            )
+        )
+        # Named after the PyTorch that it is for: mpvg_kernels/backends.py never loads another's.
+        modules.append(
+            CppExtension(
+                "mpvg_kernels._autograd_" + re.sub(r"\W", "_", torch.__version__),
+                files("autograd.cpp"),
+                extra_compile_args={"cxx": ["-O2", "-g0", "-fvisibility=hidden"]},
             )
         )
     if "CUDA" in missing and not missing["CUDA"]:
@@ -216,7 +227,7 @@ def extensions() -> list:
             )
         )
     for module in modules:
-        module.optional = chosen == "auto"
+        module.optional = chosen == "auto" or "_autograd" in module.name
     return modules
 
 

@@ -2,7 +2,8 @@
 
     python benchmarks/bench_overhead.py                      both operators, microseconds a call
 
-At B=1, N=4, D=16 what remains is argument checks, the dispatcher and autograd. The columns are explained in
+At B=1, N=4, D=16 what remains is argument checks, the dispatcher and autograd: of a forward under torch.no_grad (fwd),
+of one that records gradients (fwd_grad), and of a forward with its backward. The columns are explained in
 benchmarks/results/README.md.
 """
 
@@ -24,7 +25,8 @@ def main(argv: list[str] | None = None) -> int:
         sizes=[(1, 4, 16)],
         quick_sizes=[(1, 4, 16)],
         dtypes=["fp32"],
-        inputs=["x", "x+f", "x+s*f"],
+        modes=["fwd", "fwd_grad", "fwd_bwd"],
+        inputs=["x", "x+f", "x+s*f", "x+f,no-pos"],
         providers=_providers,
         host=True,
     )

@@ -23,7 +23,8 @@ A JSON file is {"benchmark": name, "machine": {...}, "settings": {...}, "rows": 
 Keys of operator rows (bench_dual_ln, bench_norm_pool, bench_overhead) besides:
 
     op               "pe_layer_norm" or "pe_norm_pool"
-    mode             "fwd" (no gradients recorded), "bwd" (all gradients of a forward that is not timed) or "fwd_bwd"
+    mode             "fwd" (no gradients recorded), "fwd_grad" (they are), "bwd" (all gradients of a forward that is not
+                     timed) or "fwd_bwd"
     inputs           what the operator is given, a key of operators.INPUTS: "x", "x+f", "x+s*f", ...
     B, N, D          batch, tokens, width
     cache            "warm" (the same buffers every call) or "cold" (rotated buffers; on a GPU a flushed L2)
@@ -230,6 +231,24 @@ def peak_extra_bytes(variant: Variant, device: str) -> int:
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
     events.sort(key=lambda e: e.start_ns())
     return max(itertools.accumulate((e.nbytes() for e in events), initial=0))
+
+
+def saved_bytes(forward: Callable[[], object], left_out: Iterable[torch.Tensor] = ()) -> int:
+    """The bytes that a forward keeps for its backward, each storage once; those of `left_out` (parameters) not."""
+    known = {t.untyped_storage().data_ptr() for t in left_out}
+    kept: dict[int, int] = {}
+
+    def pack(t: torch.Tensor) -> torch.Tensor:
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return t.detach()  # not `t`: an output that holds its own graph is never freed
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        outputs = forward()  # alive until the sum: a freed storage's address could be another's
+    total = sum(kept.values())
+    del outputs
+    return total
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ import functools
 import itertools
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import harness
@@ -32,7 +32,7 @@ import mpvg_kernels as mk
 
 EPS = 1e-6
 SIZES = ((64, 196, 192), (32, 196, 384), (16, 196, 768))
-MODES = ("fwd", "bwd", "fwd_bwd")
+MODES = ("fwd", "fwd_grad", "bwd", "fwd_bwd")
 DEFAULT_MODES = ("fwd", "fwd_bwd")
 # The grid of --grid: B 1 to 1024, the token counts of ViT, DeiT and Swin, the widths of their variants.
 GRID = tuple(
@@ -107,6 +107,11 @@ class Case:
         return self.mode != "fwd"
 
     @property
+    def has_backward(self) -> bool:
+        """The backward is part of the timed call."""
+        return self.mode in ("bwd", "fwd_bwd")
+
+    @property
     def dtypes(self) -> Dtypes:
         return DTYPES[self.dtype]
 
@@ -140,8 +145,9 @@ class Traffic(NamedTuple):
 def traffic(case: Case) -> Traffic:
     """Every argument read once and every result written once, in the forward and again in the backward.
 
-    Mode "fwd_bwd" is "fwd" and "bwd" together. It reads x (or h) twice and dy and dh once, and writes y, dx and, with a
-    branch, h. The branch's gradient counts where it is a tensor of its own: with a scale, or in another dtype than x's.
+    Mode "fwd_bwd" is "fwd_grad" and "bwd" together. It reads x (or h) twice and dy and dh once, and writes y, dx and,
+    with a branch, h. The branch's gradient counts where it is a tensor of its own: with a scale, or in another dtype
+    than x's.
     Row statistics and partial sums do not count: how many there are is the kernel's choice. The pool's output is (B,
     D), and its forward writes no h where there are no gradients.
     """
@@ -171,7 +177,7 @@ def traffic(case: Case) -> Traffic:
             written.append(h)
         if given.pos and not pooled:
             written.append(pos)
-    if case.differentiates:
+    if case.has_backward:
         read += y + h + vector + scale + (pos + vector) * given.pos
         if not pooled:
             read += h * given.stream_grad + pos * given.pos
@@ -394,9 +400,9 @@ def default_providers(device: str) -> list[str]:
 
 
 def make_call(case: Case, function: Callable, arguments: Arguments, output_grads: Sequence[Tensor | None]):
-    """The timed call: the outputs (fwd), the gradients of all arguments by `torch.autograd.grad` (bwd), or both."""
+    """The timed call: the outputs (fwd, fwd_grad), all arguments' gradients by `torch.autograd.grad` (bwd), or both."""
     out_dtype = case.out_dtype
-    if case.mode == "fwd":
+    if not case.has_backward:
         return lambda: function(*arguments, out_dtype)
     wrt = arguments.differentiable()
     at = [i for i, grad in enumerate(output_grads) if grad is not None]
@@ -427,7 +433,7 @@ def results(
             for name, t in zip(Arguments._fields, arguments, strict=True)
             if t is not None and t.requires_grad
         ]
-        grads = make_call(case, function, arguments, output_grads)()
+        grads = make_call(replace(case, mode="fwd_bwd"), function, arguments, output_grads)()
         found |= dict(zip(wrt, grads, strict=True))
     return found
 
@@ -566,7 +572,7 @@ def run_case(case: Case, names: Sequence[str], settings: Settings) -> list[dict[
 # ---- command line
 
 
-def _size(text: str) -> tuple[int, int, int]:
+def parse_size(text: str) -> tuple[int, int, int]:
     try:
         B, N, D = (int(part) for part in text.lower().split("x"))
     except ValueError:
@@ -585,10 +591,10 @@ def _listed(choices: Sequence[str]) -> Callable[[str], str]:
     return check
 
 
-def _parser(op: str, description: str, sizes, dtypes, inputs, quick: str) -> argparse.ArgumentParser:
+def _parser(op: str, description: str, sizes, dtypes, modes, inputs, quick: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
-    add("--sizes", nargs="+", type=_size, metavar="BxNxD", default=list(sizes))
+    add("--sizes", nargs="+", type=parse_size, metavar="BxNxD", default=list(sizes))
     add("--grid", action="store_true", help=f"instead of --sizes {len(GRID)}: B 1 to 1024, N 49 to 784, D 96 to 1280")
     add("--max-mib", type=int, metavar="MIB", help="leave out sizes whose x is larger than that in the first dtype")
     add(
@@ -599,7 +605,7 @@ def _parser(op: str, description: str, sizes, dtypes, inputs, quick: str) -> arg
         default=list(dtypes),
         help=", ".join(DTYPES),
     )
-    add("--modes", nargs="+", type=_listed(MODES), metavar="MODE", default=list(DEFAULT_MODES), help=", ".join(MODES))
+    add("--modes", nargs="+", type=_listed(MODES), metavar="MODE", default=list(modes), help=", ".join(MODES))
     add(
         "--inputs",
         nargs="+",
@@ -647,7 +653,12 @@ def _shown(row: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-MODE_NAMES = {"fwd": "forward", "bwd": "backward", "fwd_bwd": "forward + backward"}
+MODE_NAMES = {
+    "fwd": "forward",
+    "fwd_grad": "forward, gradients recorded",
+    "bwd": "backward",
+    "fwd_bwd": "forward + backward",
+}
 
 
 def plot(path: str, title: str, rows: list[dict[str, Any]], host: bool = False) -> None:
@@ -689,6 +700,7 @@ def main(
     sizes: Sequence[tuple[int, int, int]] = SIZES,
     quick_sizes: Sequence[tuple[int, int, int]] = SIZES[:1],
     dtypes: Sequence[str] = DEFAULT_DTYPES,
+    modes: Sequence[str] = DEFAULT_MODES,
     inputs: Sequence[str] = DEFAULT_INPUTS,
     quick_inputs: Sequence[str] = ("x+f",),
     providers: Callable[[str], Sequence[str]] = default_providers,
@@ -700,7 +712,7 @@ def main(
     """
     ops = [op] if isinstance(op, str) else list(op)
     quick = f"few rounds, only {', '.join('x'.join(map(str, s)) for s in quick_sizes)} with {', '.join(quick_inputs)}"
-    parser = _parser(benchmark, description, sizes, dtypes, inputs, quick)
+    parser = _parser(benchmark, description, sizes, dtypes, modes, inputs, quick)
     args = parser.parse_args(argv)
     harness.check_common(parser, args)
     if args.quick:

@@ -74,6 +74,9 @@ inline Tensor empty_on(int32_t device_type, int32_t device, int64_t ndim, const 
 // What a forward returns: its result and what else was wanted.
 using Outputs = std::tuple<Tensor, MaybeTensor, MaybeTensor, MaybeTensor>;
 
+// pe_chain's gradients: of pos, the weights and the biases.
+using ChainGrads = std::tuple<MaybeTensor, MaybeTensor, MaybeTensor>;
+
 // The gradients that grad_mask asks for, each in its input's shape and dtype.
 struct GradOutputs {
   Output x, branch, weight, bias, pos, pos_weight, pos_bias;

@@ -122,7 +122,7 @@ def parser() -> Parser:
     command("recipes", recipes, "list the recipes")
     command("info", info, "print which backends there are, which are not and why")
     sub = command("bench", bench, "run a benchmark of the repository; what follows its name goes to it")
-    sub.add_argument("name", metavar="NAME", help="dual_ln, norm_pool, train, ...")
+    sub.add_argument("name", metavar="NAME", help="dual_ln, norm_pool, train, memory, ...")
     sub.add_argument(
         "args", metavar="...", nargs=argparse.REMAINDER, help="arguments of the benchmark, --help included"
     )

@@ -10,9 +10,13 @@ variables MPVG_BACKEND and MPVG_COMPILED_BACKEND set the defaults.
 import contextlib
 import difflib
 import functools
+import importlib
 import importlib.util
 import os
+import re
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -168,6 +172,29 @@ def runs_on(built: list[str], capability: tuple[int, int]) -> bool:
     return False
 
 
+@functools.cache
+def autograd_nodes() -> tuple[ModuleType | None, str]:
+    """The operators' autograd nodes in C++ (csrc/autograd.cpp), or None, and the reason in words.
+
+    Without them the Functions in `ops` do the same, for some 30 us more a call. They are built for one version of
+    PyTorch, which the file's name tells, so that another's is never loaded. MPVG_AUTOGRAD=python leaves them unused.
+    """
+    chosen = os.environ.get("MPVG_AUTOGRAD", "auto")
+    if chosen not in ("auto", "python"):
+        raise ValueError(f"MPVG_AUTOGRAD={chosen}: expected auto or python")
+    if chosen == "python":
+        return None, "MPVG_AUTOGRAD=python leaves the C++ nodes unused"
+    name = "_autograd_" + re.sub(r"\W", "_", torch.__version__)
+    built = sorted(path.name for path in Path(__file__).parent.glob("_autograd_*"))
+    if not any(name + suffix in built for suffix in EXTENSION_SUFFIXES):
+        state = f"built for another PyTorch or Python ({', '.join(built)})" if built else "not built"
+        return None, f"{state}; reinstall with MPVG_BUILD=cpu to build them for PyTorch {torch.__version__}"
+    try:
+        return importlib.import_module(f"{__package__}.{name}"), f"nodes for PyTorch {torch.__version__}"
+    except ImportError as error:
+        return None, f"{name} does not load ({error}); reinstall with MPVG_BUILD=cpu to rebuild it"
+
+
 def _from_environment() -> Choice:
     eager = os.environ.get("MPVG_BACKEND", "auto")
     return Choice(eager, os.environ.get("MPVG_COMPILED_BACKEND", eager))
@@ -273,3 +300,5 @@ def show_config() -> None:
     for device_type in _AUTO:
         eager, compiled = (_choose("auto", device_type, compiled) for compiled in (False, True))
         print(f"  auto on {device_type}: {eager}, in compiled code: {compiled}")
+    nodes, reason = autograd_nodes()
+    print(f"  autograd in {'C++' if nodes else 'Python'}: {reason}")

@@ -77,22 +77,14 @@ def pe_layer_norm(
         ValueError: a shape or value that does not fit; TypeError: a dtype; both name the argument.
         BackendUnavailableError: the backend asked for can't run on x's device.
     """
-    args = _prepare(
-        x,
-        branch,
-        branch_scale,
-        weight,
-        bias,
-        pos,
-        pos_weight,
-        pos_bias,
-        normed_pos,
-        eps,
-        pos_eps,
-        num_prefix_tokens,
-        out_dtype,
-    )
-    y, stream, pos_out = _run(_pe_layer_norm, _pe_layer_norm.PELayerNormFunction, args)
+    tensors = x, branch, branch_scale, weight, bias, pos, pos_weight, pos_bias, normed_pos
+    options = eps, pos_eps, num_prefix_tokens, out_dtype
+    outputs = _run_in_cpp("pe_layer_norm", tensors, options)
+    if outputs is not None:
+        y, stream, pos_out = outputs
+        return PELayerNormOutput(y, stream, pos_out if normed_pos is None else normed_pos)
+    args = _prepare(*tensors, *options)
+    y, stream, pos_out = _run(_pe_layer_norm, _pe_layer_norm.PELayerNormFunction, args, in_cpp="pe_layer_norm")
     if x.dim() != 3:
         y, stream = y.view(x.shape), stream.view(x.shape)
     if normed_pos is not None:
@@ -129,27 +121,18 @@ def pe_norm_pool(
 
     Raises: as `pe_layer_norm`; ValueError also when there is no token to pool (N == num_prefix_tokens).
     """
-    args = _prepare(
-        x,
-        branch,
-        branch_scale,
-        weight,
-        bias,
-        pos,
-        pos_weight,
-        pos_bias,
-        normed_pos,
-        eps,
-        pos_eps,
-        num_prefix_tokens,
-        out_dtype,
-    )
+    tensors = x, branch, branch_scale, weight, bias, pos, pos_weight, pos_bias, normed_pos
+    options = eps, pos_eps, num_prefix_tokens, out_dtype
+    out = _run_in_cpp("pe_norm_pool", tensors, options)
+    if out is not None:
+        return out
+    args = _prepare(*tensors, *options)
     if args[0].shape[1] == num_prefix_tokens:
         raise ValueError(
             f"x of shape {tuple(x.shape)} has no token to pool: expected more than the "
             f"num_prefix_tokens={num_prefix_tokens}"
         )
-    return _run(_pe_norm_pool, _pe_norm_pool.PENormPoolFunction, args)
+    return _run(_pe_norm_pool, _pe_norm_pool.PENormPoolFunction, args, in_cpp="pe_norm_pool")
 
 
 def pe_chain(
@@ -258,18 +241,44 @@ def _choose_backend(name: str, t: Tensor) -> str:
     return backend
 
 
-def _run(operator, function: type[torch.autograd.Function], args: tuple):
-    """Call the operator on the chosen backend, through autograd only where a gradient can be asked for."""
-    backend = args[-1].backend
+def _run_in_cpp(name: str, tensors: tuple[Tensor | None, ...], options: tuple):
+    """Check and run an ordinary call in C++ (csrc/autograd.cpp); None where it is left to `_prepare` and `_run`.
+
+    `tensors` are the raw operator's with normed_pos after them, `options` the fields of Options before the backend.
+    """
+    x = tensors[0]
+    if torch.compiler.is_compiling() or not isinstance(x, Tensor):
+        return None
+    nodes, _ = backends.autograd_nodes()
+    if nodes is None:
+        return None
+    backend = backends.resolve(x.device.type, compiled=False)
+    return None if backend == "reference" else getattr(nodes, name)(*tensors, *options, backend)
+
+
+def _run(operator, function: type[torch.autograd.Function], args: tuple, in_cpp: str | None = None):
+    """Call the operator on the chosen backend, through autograd only where a gradient can be asked for.
+
+    Args:
+        in_cpp: its name in csrc/autograd.cpp, if it has a node there.
+    """
+    *tensors, options = args
+    backend = options.backend
     if backend == "reference":
         return operator.reference(*args)
-    unsupported = _unsupported_derivative(args[:-1])
+    if in_cpp is not None:  # what was not ordinary may be so now
+        *others, pos, pos_weight, pos_bias = tensors
+        placed = (None, None, None, pos) if pos_weight is None else (pos, pos_weight, pos_bias, None)
+        outputs = _run_in_cpp(in_cpp, (*others, *placed), options[:4])
+        if outputs is not None:
+            return outputs
+    unsupported = _unsupported_derivative(tensors)
     if unsupported:
         raise RuntimeError(
             f"{unsupported} do not go through the fused kernels (backend {backend!r}); "
             "call under mpvg_kernels.use_backend('reference')"
         )
-    if torch.is_grad_enabled() and any([a.requires_grad for a in args[:-1] if a is not None]):
+    if torch.is_grad_enabled() and any([t.requires_grad for t in tensors if t is not None]):
         return function.apply(*args)
     return operator.fused(*args)
 

@@ -24,14 +24,20 @@ from mpvg_kernels import backends  # noqa: E402
 
 
 @pytest.fixture(params=backends.BACKENDS)
-def backend(request):
-    """Each backend in turn, chosen for the length of the test; skipped with its reason where it can't run."""
-    if request.param == "cuda" and NO_CUDA_HOST:
+def backend(request, monkeypatch):
+    """Each backend in turn, chosen for the length of the test; skipped with its reason where it can't run.
+
+    A test may ask for "cpp, autograd in Python" besides, which leaves the C++ nodes unused.
+    """
+    name, _, autograd = request.param.partition(", ")
+    if name == "cuda" and NO_CUDA_HOST:
         pytest.skip(NO_CUDA_HOST)
-    if request.param not in mk.available_backends():
-        pytest.skip(f"{request.param}: {backends.status(request.param).reason}")
-    with mk.use_backend(request.param):
-        yield request.param
+    if name not in mk.available_backends():
+        pytest.skip(f"{name}: {backends.status(name).reason}")
+    if autograd:
+        monkeypatch.setattr(backends, "autograd_nodes", lambda: (None, autograd))
+    with mk.use_backend(name):
+        yield name
 
 
 @pytest.fixture(autouse=True)

@@ -15,6 +15,7 @@ BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import bench_dual_ln  # noqa: E402
+import bench_memory  # noqa: E402
 import bench_norm_pool  # noqa: E402
 import bench_overhead  # noqa: E402
 import bench_train  # noqa: E402
@@ -157,6 +158,27 @@ def test_scripts_write_their_files(bench, options, keys, tmp_path, capsys, monke
     assert plot.read_bytes().startswith(PNG)
     table = capsys.readouterr().out
     assert all(row["provider"] in table for row in found["rows"])
+
+
+def test_memory_of_operators_and_steps(tmp_path, capsys):
+    """Checkpointing saves less; the fused operators save what `tests/test_memory.py` says."""
+    report = tmp_path / "rows.json"
+    small = ["--sizes", "2x5x16", "--img-size", "32", "--depth", "2", "--batch", "2", "--dtypes", "fp32"]
+    options = ["--engines", "eager", "--providers", "reference", "--device", "cpu", "--json", str(report)]
+    assert bench_memory.main([*small, *options]) == 0
+    rows = json.loads(report.read_text())["rows"]
+    steps = {(r["dtype"], r["checkpointing"], r["provider"]): r for r in rows if r["op"] == "train_step"}
+    assert len(steps) == 2 * 2 and len(rows) == 4 + 2 * 4 * 3 * 2
+    for (dtype, checkpointing, provider), row in steps.items():
+        assert 0 < row["saved_bytes"] < row["peak_extra_bytes"]
+        if checkpointing:
+            assert row["saved_bytes"] < steps[dtype, False, provider]["saved_bytes"]
+    wanted = {"op": "pe_layer_norm", "inputs": "x", "dtype": "fp32", "provider": "eager"}
+    (row,) = [r for r in rows if wanted.items() <= r.items()]
+    # x, pos, and a mean and rstd of each row of both
+    assert row["saved_bytes"] == 4 * (2 * 5 * 16 + 5 * 16 + 2 * 2 * 5 + 2 * 5) and row["saved_vs_eager"] == 1
+    table = capsys.readouterr().out
+    assert "saved bytes" in table and "recomputed" in table
 
 
 def _wrong(case):

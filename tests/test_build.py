@@ -164,6 +164,55 @@ def test_auto_without_a_working_compiler_says_so_and_goes_on(compiler):
     assert len(lines) == 1 and compiler in lines[0]
 
 
+NODES = "mpvg_kernels._autograd_" + re.sub(r"\W", "_", torch.__version__)
+
+
+@needs_compiler
+@pytest.mark.parametrize("choice,optional", [("none", {}), ("cpu", {"_cpu": False}), ("auto", {"_cpu": True})])
+def test_autograd_nodes_come_with_the_cpu_kernels_and_are_optional(choice, optional, monkeypatch):
+    """They depend on PyTorch's internals and nothing depends on them: a failure never fails the install."""
+    import runpy
+
+    monkeypatch.setenv("MPVG_BUILD", choice)
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "")
+    modules = runpy.run_path(str(ROOT / "setup.py"))["extensions"]()
+    found = {m.name: m.optional for m in modules if m.name != "mpvg_kernels._cuda"}
+    assert found == ({f"mpvg_kernels.{k}": v for k, v in optional.items()} | {NODES: True} if optional else {})
+
+
+@needs_compiler
+@pytest.mark.parametrize("part,fails", [(NODES, False), ("mpvg_kernels._cpu", True)])
+def test_what_does_not_compile(part, fails, monkeypatch, capsys):
+    """With MPVG_BUILD=cpu the kernels have to compile; without the autograd nodes a line says so."""
+    import runpy
+
+    from setuptools import Distribution
+    from torch.utils.cpp_extension import BuildExtension
+
+    def fail(self, ext):
+        raise RuntimeError("no such header")
+
+    monkeypatch.setenv("MPVG_BUILD", "cpu")
+    monkeypatch.setattr(BuildExtension, "build_extension", fail)
+    script = runpy.run_path(str(ROOT / "setup.py"))
+    (module,) = [m for m in script["extensions"]() if m.name == part]
+    build = script["build_ext"]()(Distribution())
+    if fails:
+        with pytest.raises(RuntimeError, match="no such header"):
+            build.build_extension(module)
+        return
+    build.build_extension(module)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == f"mpvg_kernels: {part} did not compile, installing without: no such header"
+
+
+@needs_extension
+@pytest.mark.skipif(os.environ.get("MPVG_AUTOGRAD") == "python", reason="MPVG_AUTOGRAD=python")
+def test_autograd_nodes_are_built_for_this_torch():
+    """Not needed, but `make test` should not pass by without them."""
+    assert mk.backends.autograd_nodes()[0] is not None, mk.backends.autograd_nodes()[1]
+
+
 def test_version_has_one_source():
     assert setup("--version").stdout.splitlines()[-1] == mk.__version__
 

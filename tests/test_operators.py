@@ -12,6 +12,8 @@ import mpvg_kernels as mk
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 OPS = ("norm", "pool")
 
+pytestmark = pytest.mark.parametrize("backend", [*mk.backends.BACKENDS, "cpp, autograd in Python"], indirect=True)
+
 # Shapes: smallest, odd widths, one past a vector, a prime, ViT widths, a wide row, more tokens than a tile.
 SHAPES = [
     (1, 1, 1),

@@ -7,11 +7,10 @@ Tensor pe_chain_fwd(Tensor pos, Tensor weight, MaybeTensor bias, double eps, boo
   const int64_t L = weight.size(0), K = pos.size(0), D = pos.size(1);
   Output out(OnCpu{}, true, {L, K, D}, out_dtype);
   kernels().pe_chain_fwd({L, K, D, eps, hierarchical, view(pos), view(weight), view(bias)}, out.view, parallel_for);
-  return out.tensor;
+  return *out.tensor;
 }
 
-std::tuple<Tensor, Tensor, Tensor> pe_chain_bwd(Tensor dout, Tensor pos, Tensor weight, MaybeTensor bias, double eps, bool hierarchical,
-                                                int64_t grad_mask) {
+ChainGrads pe_chain_bwd(Tensor dout, Tensor pos, Tensor weight, MaybeTensor bias, double eps, bool hierarchical, int64_t grad_mask) {
   const OnCpu on;
   const int64_t L = weight.size(0), K = pos.size(0), D = pos.size(1);
   Output dpos(on, grad_mask & kChainPos, {K, D}, pos.scalar_type());

@@ -79,11 +79,10 @@ Tensor chain_fwd(Tensor pos, Tensor weight, MaybeTensor bias, double eps, bool h
   Output out(on, true, {in.L, in.K, in.D}, out_dtype);
   ScratchTensor scratch{on, {}};
   pe_chain_fwd(in, out.view, scratch, on.stream);
-  return out.tensor;
+  return *out.tensor;
 }
 
-std::tuple<Tensor, Tensor, Tensor> chain_bwd(Tensor dout, Tensor pos, Tensor weight, MaybeTensor bias, double eps, bool hierarchical,
-                                             int64_t grad_mask) {
+ChainGrads chain_bwd(Tensor dout, Tensor pos, Tensor weight, MaybeTensor bias, double eps, bool hierarchical, int64_t grad_mask) {
   const OnDevice on(pos);
   const PEChainInputs in = chain_inputs(pos, weight, bias, eps, hierarchical);
   Output dpos(on, grad_mask & kChainPos, {in.K, in.D}, pos.scalar_type());

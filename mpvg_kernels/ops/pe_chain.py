@@ -63,7 +63,7 @@ _ARGS = "Tensor pos, Tensor weight, Tensor? bias, float eps, bool hierarchical"
 FORWARD = define("pe_chain_fwd", f"({_ARGS}, ScalarType out_dtype) -> Tensor", _fake_forward)
 BACKWARD = define(
     "pe_chain_bwd",
-    f"(Tensor dout, {_ARGS}, int grad_mask) -> (Tensor dpos, Tensor dweight, Tensor dbias)",
+    f"(Tensor dout, {_ARGS}, int grad_mask) -> (Tensor? dpos, Tensor? dweight, Tensor? dbias)",
     _fake_backward,
 )
 
