@@ -2,7 +2,7 @@
 # .venv unless a virtual environment is active, install and build into it, and run. PYTHON=python3.12 chooses the interpreter.
 #
 #   make demo      train on real images, check the fused kernels against the plain formula, time both
-#   make test      ruff and the test suite
+#   make test      ruff and the test suite, a worker for each core
 #   make bench     the benchmarks' tables
 #   make install   install and build again, whatever the stamp says
 #   make lint      ruff alone
@@ -26,7 +26,7 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(PY) -m ruff check .
-	$(PY) -m pytest
+	$(PY) -m pytest -n auto --dist loadgroup
 
 bench: $(STAMP)
 	$(PY) -m mpvg_kernels bench dual_ln

@@ -2,7 +2,11 @@
 
 import os
 
-import torch
+# Workers of pytest-xdist share the cores. Before torch starts its threads, and for the processes that tests start.
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // workers)))
+
+import torch  # noqa: E402
 
 HAS_GPU = torch.cuda.is_available()
 # Before anything imports Triton: without a GPU its kernels run on the CPU, interpreted.

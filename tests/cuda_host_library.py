@@ -1,9 +1,10 @@
 """Builds the CUDA kernels for the host: csrc/cuda's own source, compiled by g++ with the headers of tests/cuda_host.
 
 The library registers the `_cuda` operators for CPU tensors, and the `cuda` backend uses it where MPVG_CUDA_HOST names
-it. It is built once for a state of the sources, into build/cuda_host.
+it. It is built once for a state of the sources, into build/cuda_host: of several processes that need it, one builds it.
 """
 
+import contextlib
 import functools
 import hashlib
 import os
@@ -55,6 +56,24 @@ def library() -> Path:
     if target.exists():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
+    with locked(target.parent / "lock"):
+        if not target.exists():  # else another process has built it meanwhile
+            build(target)
+    return target
+
+
+@contextlib.contextmanager
+def locked(path: Path):
+    """Keep other processes out; the system lets them in when this one dies."""
+    import fcntl
+
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def build(target: Path) -> None:
+    """Compile and link the library; it is at `target` whole or not at all."""
     torch_folder = Path(torch.__file__).parent
     flags = ["-O1", "-fPIC", "-fvisibility=hidden"]
     glue = [f"-I{torch_folder / 'include'}", "-include", str(HOST / "device.h")]
@@ -65,9 +84,8 @@ def library() -> Path:
         built = Path(folder, "library.so")
         libraries = [f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-lc10"]
         subprocess.run(["g++", "-shared", *objects, "-o", built, *libraries], check=True)
-        unfinished = target.with_suffix(f".{os.getpid()}")
+        unfinished = target.with_suffix(".unfinished")
         shutil.copy(built, unfinished)
-        unfinished.replace(target)  # at once, for runs beside this one
+        unfinished.replace(target)
     for old in sorted(target.parent.glob("*.so"), key=lambda path: path.stat().st_mtime)[:-3]:
         old.unlink(missing_ok=True)
-    return target

@@ -1,5 +1,5 @@
 // Runs every CPU kernel, without torch, on odd shapes, strides and dtypes: test_sanitizers.py compiles it with address and
-// undefined-behaviour sanitizers. Tensors are allocated to the byte, so that a step outside of one is seen.
+// undefined-behaviour sanitizers. Tensors are allocated to the byte, so that a step outside of one is seen, and start anywhere.
 //
 // Each call is made twice, the work in one piece and in pieces of one unit, last one first, as threads might do it: the results must
 // be the same bits. Prints one line for each instruction set.
@@ -27,13 +27,14 @@ bool one_sign = false;
 
 // A tensor's memory, filled with numbers of magnitude 0.5 to 4 (or zeros), and views of it.
 struct Memory {
+  int64_t shift = 0;  // elements that each tensor starts past an aligned address
   std::vector<std::unique_ptr<char[]>> blocks;
   std::vector<std::pair<char*, size_t>> outputs;
 
   View make(Dtype dtype, int64_t elements, int64_t stride_b, int64_t stride_n, bool output) {
     const size_t size = elements * bytes(dtype);
-    blocks.emplace_back(new char[size]);
-    char* p = blocks.back().get();
+    blocks.emplace_back(new char[shift * bytes(dtype) + size]);
+    char* p = blocks.back().get() + shift * bytes(dtype);
     std::memset(p, 0, size);
     for (int64_t i = 0; i < elements && !output; ++i) {
       const double value = std::ldexp(1 + random_bits() % 128 / 128.0, int(random_bits() % 3) - 1) * (random_bits() % 2 || one_sign ? 1 : -1);
@@ -90,25 +91,31 @@ void run_chain(const Kernels& kernels, Shape s, Dtype x, Dtype y, bool hierarchi
   check("pe_chain_bwd", s, m, [&](ParallelFor f) { kernels.pe_chain_bwd(in, dout, {{}, grad.weight, {}}, f); });
 }
 
-void run_case(const Kernels& kernels, Shape s, Dtype x, Dtype f, Dtype y, Pos given, bool expand) {
+void run_case(const Kernels& kernels, Shape s, Dtype x, Dtype f, Dtype y, Pos given, bool expand, int64_t shift = 0) {
   const bool pos = given != Pos::none, norm = given == Pos::raw;
   const Dtype wide = x == Dtype::f64 ? x : Dtype::f32, h_type = f == Dtype::absent || f == x ? x : wide;
   const int64_t P = s.N - s.prefix;
+  const Dtype of_weight = expand ? x : wide, of_pos = expand ? wide : x;
   Memory m;
+  m.shift = shift;
   const View input = expand ? m.expanded(x, s) : m.tensor(x, s);
   const View branch = f == Dtype::absent ? View{} : m.tensor(f, s), scale = branch ? m.vector(wide, s.B) : View{};
   const View h = branch ? m.tensor(h_type, s, true) : input, stats = m.rows(wide, 2 * s.B, s.N, true);
-  const View p = pos ? m.rows(x, P, s.D) : View{}, wp = norm ? m.vector(x, s.D) : View{}, bp = norm ? m.vector(x, s.D) : View{};
-  const Inputs in{s, 1e-6, 1e-5, input, branch, scale, m.vector(wide, s.D), m.vector(wide, s.D), p, wp, bp};
+  const View p = pos ? m.rows(of_pos, P, s.D) : View{}, wp = norm ? m.vector(of_pos, s.D) : View{}, bp = norm ? m.vector(of_pos, s.D) : View{};
+  const Inputs in{s, 1e-6, 1e-5, input, branch, scale, m.vector(of_weight, s.D), m.vector(of_weight, s.D), p, wp, bp};
   const View no_h = branch ? h : View{};
-  const PELayerNormOutputs out{m.tensor(y, s, true), no_h, norm ? m.rows(x, P, s.D, true) : View{}, stats};
+  const PELayerNormOutputs out{m.tensor(y, s, true), no_h, norm ? m.rows(of_pos, P, s.D, true) : View{}, stats};
   check("pe_layer_norm_fwd", s, m, [&](ParallelFor f) { kernels.pe_layer_norm_fwd(in, out, f); });
 
   const Saved saved{s, 1e-5, h, stats, scale, in.weight, p, wp};
-  const Gradients grad{m.tensor(x, s, true),           branch ? m.tensor(f, s, true) : View{},  m.vector(wide, s.D, true),
-                       m.vector(wide, s.D, true),      pos ? m.rows(x, P, s.D, true) : View{},  norm ? m.vector(x, s.D, true) : View{},
-                       norm ? m.vector(x, s.D, true) : View{}};
-  const View dy = m.tensor(y, s), dh = m.tensor(h_type, s), dpos_out = norm ? m.rows(x, P, s.D) : View{};
+  const Gradients grad{m.tensor(x, s, true),
+                       branch ? m.tensor(f, s, true) : View{},
+                       m.vector(of_weight, s.D, true),
+                       m.vector(of_weight, s.D, true),
+                       pos ? m.rows(of_pos, P, s.D, true) : View{},
+                       norm ? m.vector(of_pos, s.D, true) : View{},
+                       norm ? m.vector(of_pos, s.D, true) : View{}};
+  const View dy = expand ? m.expanded(y, s) : m.tensor(y, s), dh = m.tensor(h_type, s), dpos_out = norm ? m.rows(of_pos, P, s.D) : View{};
   check("pe_layer_norm_bwd", s, m, [&](ParallelFor f) { kernels.pe_layer_norm_bwd(saved, dy, dh, dpos_out, grad, f); });
   const Gradients few{{}, grad.branch, {}, grad.bias, {}, {}, grad.pos_bias};
   check("pe_layer_norm_bwd", s, m, [&](ParallelFor f) { kernels.pe_layer_norm_bwd(saved, dy, {}, {}, few, f); });
@@ -126,7 +133,7 @@ void run_case(const Kernels& kernels, Shape s, Dtype x, Dtype f, Dtype y, Pos gi
 int main() {
   const Shape shapes[] = {{0, 3, 8, 0},  {2, 0, 8, 0},  {1, 1, 1, 0},  {1, 1, 3, 1},   {3, 5, 7, 2},
                           {2, 9, 31, 0}, {5, 4, 33, 1}, {4, 7, 64, 0}, {35, 3, 20, 0}, {2, 70, 192, 1},
-                          {5, 9, 32, 2}, {9, 6, 96, 3}};
+                          {5, 9, 32, 2}, {9, 6, 96, 3}, {2, 4, 40, 4}, {6, 1, 64, 0}};
   const Dtype types[][3] = {{Dtype::f32, Dtype::absent, Dtype::f32}, {Dtype::f32, Dtype::bf16, Dtype::bf16},  // x, branch, y
                             {Dtype::bf16, Dtype::bf16, Dtype::bf16}, {Dtype::bf16, Dtype::f16, Dtype::f16},
                             {Dtype::f16, Dtype::absent, Dtype::f32}, {Dtype::f64, Dtype::f64, Dtype::f64}};
@@ -140,6 +147,15 @@ int main() {
             run_case(**k, s, t[0], t[1], t[2], pos, expand);
             if (s.B && pos != Pos::none) run_chain(**k, s, t[0], t[2], pos == Pos::raw, expand);
           }
+    // Every mix of dtypes, and tensors that start at every element of a vector: ragged rows, and groups of whole vectors.
+    int64_t shift = 0;
+    const Dtype none = Dtype::absent, all[] = {Dtype::f32, Dtype::bf16, Dtype::f16};
+    for (const Shape& s : {Shape{3, 5, 19, 2}, Shape{5, 3, 32, 1}})
+      for (const Dtype x : all)
+        for (const Dtype f : {none, all[0], all[1], all[2]})
+          for (const Dtype y : all)
+            for (const bool expand : {false, true}) run_case(**k, s, x, f, y, Pos::raw, expand, ++shift % 16);
+    for (shift = 0; shift < 8; ++shift) run_case(**k, {3, 5, 16, 2}, Dtype::f64, Dtype::f64, Dtype::f64, Pos::raw, false, shift);
     // Above the size from which outputs are streamed.
     run_case(**k, {9, 1900, 192, 0}, Dtype::f32, Dtype::absent, Dtype::f32, Pos::raw, false);
     std::printf("%s ok\n", (*k)->isa);

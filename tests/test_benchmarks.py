@@ -386,7 +386,8 @@ def test_script_runs_by_its_path():
 
 def test_pytest_benchmark_collects_and_runs_a_case():
     command = [sys.executable, "-m", "pytest", "-q", str(BENCHMARKS), "--benchmark-only", "-p", "no:cacheprovider"]
-    environment = os.environ | {"PYTHONPATH": str(BENCHMARKS.parent)}
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")}  # no worker of this run
+    environment |= {"PYTHONPATH": str(BENCHMARKS.parent)}
     one = ["-k", "pe_layer_norm and fwd_bwd and x+f and 768 and fp32 and eager", "--benchmark-min-rounds=2"]
     done = subprocess.run([*command, *one], capture_output=True, text=True, env=environment, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr

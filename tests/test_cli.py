@@ -20,6 +20,7 @@ from mpvg_kernels import demo
 from mpvg_kernels.train import checkpoint, config, metrics, recipes
 
 ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.xdist_group(__name__)  # one run for all tests
 # Two epochs of a tiny model.
 FAST = (
     "--epochs 2 --sched.warmup_epochs 1 --model.patch_size 4 --model.embed_dim 32 --model.depth 2 --model.num_heads 2"

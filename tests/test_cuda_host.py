@@ -18,6 +18,7 @@ from mpvg_kernels import backends
 
 ROOT = Path(__file__).parents[1]
 THREADS = 64
+pytestmark = pytest.mark.xdist_group(__name__)  # one program for all tests
 
 
 @pytest.fixture(scope="module")

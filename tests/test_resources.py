@@ -16,6 +16,8 @@ sys.path.insert(0, str(BENCHMARKS))
 import operators  # noqa: E402
 import resources  # noqa: E402
 
+pytestmark = pytest.mark.xdist_group(__name__)  # one compilation for all tests
+
 
 def committed(name: str) -> dict:
     return json.loads((BENCHMARKS / "results" / f"{name}.json").read_text())

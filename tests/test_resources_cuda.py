@@ -12,6 +12,7 @@ from benchmarks import resources_cuda  # noqa: E402
 
 # Registers may differ by so many under another nvcc than the table's.
 REGISTERS_APART = 24
+pytestmark = pytest.mark.xdist_group(__name__)  # one compilation for all tests
 
 
 @pytest.fixture(scope="module")

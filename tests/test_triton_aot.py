@@ -12,6 +12,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
 from triton_aot import ARCHITECTURES, Call, Kernel, compile_calls  # noqa: E402
 
+pytestmark = pytest.mark.xdist_group(__name__)  # one compilation for all tests
+
 F32, BF16, F16 = "float32", "bfloat16", "float16"
 
 # Widths of one and of several column blocks, aligned rows and not, several rows a program and 16 warps a row, every

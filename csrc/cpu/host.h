@@ -1,6 +1,10 @@
 // What the operators' CPU side adds to ../host.h: memory, and torch's thread pool.
 #pragma once
 
+#if __has_include(<pthread.h>)
+#include <pthread.h>
+#endif
+
 #include "../host.h"
 #include "kernels.h"
 
@@ -12,7 +16,15 @@ struct OnCpu {
   }
 };
 
+// Whether this is a child forked from a process that had the kernels. A fork copies no threads, and with GNU's OpenMP torch's pool
+// waits for those of the parent for ever: the child works alone, for the same results.
+inline bool forked = false;
+#if __has_include(<pthread.h>)
+inline const int watching_forks = pthread_atfork(nullptr, nullptr, [] { forked = true; });
+#endif
+
 inline void parallel_for(int64_t n, int64_t grain, Body body, void* context) {
+  if (forked) return body(0, n, context);
   STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, n, grain, body, context));
 }
 

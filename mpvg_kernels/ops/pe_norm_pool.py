@@ -44,7 +44,7 @@ def reference(
 ) -> Tensor:
     """The plain formula, (B, D). What eager PyTorch computes, and what torch.compile is given."""
     h_BND = x_BND if branch_BND is None else join(x_BND, branch_BND, branch_scale_B)
-    y_BKD = layer_norm(h_BND, weight_D, bias_D, options.eps)[:, options.num_prefix_tokens :]
+    y_BKD = layer_norm(h_BND[:, options.num_prefix_tokens :], weight_D, bias_D, options.eps)
     if pos_KD is not None:
         y_BKD = y_BKD + (
             pos_KD if pos_weight_D is None else layer_norm(pos_KD, pos_weight_D, pos_bias_D, options.pos_eps)
