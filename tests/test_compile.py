@@ -99,15 +99,20 @@ def test_changing_the_backend_recompiles(backend, device):
 
 
 class OperatorCounter:
-    """A compiler that runs the graphs as they are and counts them and the kernels' operators in them."""
+    """A compiler that runs graphs as they are; it counts them, and the kernels' operators in the one that ran last."""
 
     def __init__(self):
         self.graphs = self.operators = 0
 
     def __call__(self, graph, _):
         self.graphs += 1
-        self.operators += sum(str(node.target).startswith("mpvg.") for node in graph.graph.nodes)
-        return graph.forward
+        operators = sum(str(node.target).startswith("mpvg.") for node in graph.graph.nodes)
+
+        def run(*args):
+            self.operators = operators
+            return graph.forward(*args)
+
+        return run
 
 
 def test_compiled_code_has_a_choice_of_its_own(backend, device):
@@ -120,8 +125,8 @@ def test_compiled_code_has_a_choice_of_its_own(backend, device):
         want = net(x)
         for eager, in_compiled, operators in (
             (backend, None, kernels),
-            (backend, "reference", kernels),
-            ("reference", "reference", kernels),
+            (backend, "reference", 0),
+            ("reference", None, 0),
             ("reference", backend, kernels),
             (backend, backend, kernels),
         ):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import test_pe_chain
+import timm
 import torch
 from cases import TENSORS, Case, check, fused, gradients
 from test_pe_chain import Chain
@@ -75,6 +76,24 @@ def test_graph_capture_and_replay(op, D, backend):
                 tensor.copy_(other[name])
         graph.replay()
         assert_same(captured, run(op, other, case))
+
+
+def test_reduce_overhead_records_cuda_graphs(backend):
+    """torch.compile's mode of CUDA graphs takes the operators whole: it skips no graph, and replays on new data."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    sizes = dict(img_size=32, depth=2, embed_dim=64, num_heads=2, num_classes=10)
+    model = timm.create_model("mpvg_deit_tiny_patch16_224", scheme="mpvg", **sizes).cuda()
+    compiled = torch.compile(model, mode="reduce-overhead", fullgraph=True)
+    for _ in range(4):  # warm-up, recording, replays
+        images, found = torch.randn(4, 3, 32, 32, device="cuda"), []
+        for forward in (model, compiled):
+            model.zero_grad()
+            out = forward(images)
+            out.square().sum().backward()
+            found.append([out.detach().clone(), *(p.grad.clone() for p in model.parameters())])
+        torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=1e-3)
+    assert torch._dynamo.utils.counters["inductor"]["cudagraph_skips"] == 0
 
 
 @pytest.mark.parametrize("op", OPS)
