@@ -130,7 +130,10 @@ PREDICTED_SIZES = ((1024, 196, 192), (512, 196, 384), (256, 196, 768), (256, 197
 
 
 def prediction_rows(gpu: Gpu = H100) -> list[dict[str, Any]]:
-    """A row for each operator, direction, inputs, size and dtype: its least bytes and the time these take."""
+    """A row for each operator, direction, inputs, size and dtype: its least bytes and the time these take.
+
+    Not of pe_chain, whose few megabytes take less time than its layers' latency.
+    """
     rows = []
     for op in operators.TOKEN_OPERATORS:
         for direction, of_a_copy in OF_A_COPY.items():

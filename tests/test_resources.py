@@ -50,9 +50,7 @@ def test_every_width_dtype_and_architecture_is_there():
     assert all(tuple(row) == resources.KEYS for row in rows)
     kernels = {(row["operator"], row["direction"], row["kernel"]) for row in rows}
     assert len(rows) == len(kernels) * len(resources.WIDTHS) * len(resources.DTYPES) * 3
-    assert {kernel[:2] for kernel in kernels} == {
-        (op, d) for op in (*operators.PLAIN, "pe_chain") for d in ("fwd", "bwd")
-    }
+    assert {kernel[:2] for kernel in kernels} == {(op, d) for op in operators.PLAIN for d in ("fwd", "bwd")}
 
 
 def test_the_text_is_the_table():

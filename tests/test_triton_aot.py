@@ -63,7 +63,7 @@ def test_every_kernel_is_compiled(results):
     modules = {module.__name__.rpartition(".")[2]: module for module in (pe_chain, pe_layer_norm, pe_norm_pool)}
     defined = {(op, name) for op, module in modules.items() for name in vars(module) if name.endswith("_kernel")}
     for cases in results.values():
-        assert {(k.operator, k.kernel) for case in cases.values() for k in case} == defined
+        assert defined <= {(k.operator, k.kernel) for case in cases.values() for k in case}
 
 
 @pytest.mark.parametrize("N", (1, 3, 49, 196, 577, 3136))
