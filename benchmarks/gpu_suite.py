@@ -294,6 +294,14 @@ def overhead(suite: Suite) -> str:
     return "host time of a tiny call; pe_chain"
 
 
+def memory(suite: Suite) -> str:
+    """What DeiT-Ti saves for its backward and needs at its peak, eager, with and without checkpointing."""
+    batch = MODELS["deit_tiny"]
+    options = ("--engines", "eager", "--sizes", "256x196x192", "--batch", str(batch), "--device", "cuda")
+    suite.python(BENCHMARKS / "bench_memory.py", *options, "--json", suite.out / "memory.json")
+    return f"saved bytes and peaks, batch {batch}"
+
+
 def train(suite: Suite) -> str:
     """DeiT-Ti, -S and -B training steps in bf16, eager and compiled: timm's plain GAP, MPVG plain, MPVG fused."""
 
@@ -393,6 +401,7 @@ STAGES = {
     "train": Stage(train, 180),
     "digits": Stage(digits, 60),
     "overhead": Stage(overhead, 60),
+    "memory": Stage(memory, 60),
     "sanitizer": Stage(sanitizer, 120),
     "ncu": Stage(ncu, 60),
     "grid": Stage(grid, 90),
@@ -409,7 +418,7 @@ def summary_markdown(suite_facts: dict[str, Any], stages: Sequence[dict[str, Any
     rows = [(s["stage"], s["status"], f"{s['seconds']:.0f}", s["note"]) for s in stages]
     parts.append(_table(("stage", "status", "s", "note"), rows))
     if folder:
-        parts += [_operator_tables(folder), _train_table(folder), _ncu_table(folder)]
+        parts += [_operator_tables(folder), _train_table(folder), _memory_table(folder), _ncu_table(folder)]
     return "\n".join(filter(None, parts))
 
 
@@ -457,6 +466,20 @@ def _train_table(folder: Path) -> str:
             lines.append((model, row["batch"], row["engine"], row["dtype"], row["provider"], *figures))
     header = ("model", "batch", "engine", "dtype", "provider", "ms", "img/s", "time / timm", "time / reference", "note")
     return f"## Training step\n\n{_table(header, lines)}" if lines else ""
+
+
+def _memory_table(folder: Path) -> str:
+    lines = [
+        (
+            row["dtype"], "blocks" if row["checkpointing"] else "nothing", row["provider"],
+            _number(row["saved_bytes"] / 1e6, 1), _number(row["peak_extra_bytes"] / 1e6, 1),
+            _number(row["peak_vs_timm"], 3), _number(row["peak_vs_reference"], 3),
+        )
+        for row in _rows(folder / "memory.json")
+        if row["op"] == "train_step" and row["status"] == "ok"
+    ]  # fmt: skip
+    header = ("dtype", "recomputed", "provider", "saved MB", "peak MB", "peak / timm", "peak / reference")
+    return f"## Memory of a training step\n\n{_table(header, lines)}" if lines else ""
 
 
 def _ncu_table(folder: Path) -> str:

@@ -152,7 +152,7 @@ def test_at_once_keeps_errors_apart(suite):
 
 
 @no_gpu
-@pytest.mark.parametrize("name", ("operators", "grid", "overhead", "train"))
+@pytest.mark.parametrize("name", ("operators", "grid", "overhead", "memory", "train"))
 def test_the_benchmarks_take_the_stages_options(name, suite, monkeypatch, capsys):
     """Each command line is understood by its script, which then misses the GPU and nothing else."""
     import importlib
