@@ -190,9 +190,9 @@ NAMED_SCHEMES: dict[str, PositionScheme] = {
     "gap": PositionScheme(pool="avg", add_to_input=True, layerwise=False),
     "lape": PositionScheme(pool="token", add_to_input=False, layerwise=True, first_layer=0),
     "lape_gap": PositionScheme(pool="avg", add_to_input=False, layerwise=True, first_layer=0),
+    "gap_last": PositionScheme(pool="avg", add_to_input=True, layerwise=False, last=0),
     "pvg": PositionScheme(pool="avg", add_to_input=True, layerwise=True),
     "mpvg": PositionScheme(pool="avg", add_to_input=True, layerwise=True, last=0),
-    "gap_last": PositionScheme(pool="avg", add_to_input=True, layerwise=False, last=0),
 }
 """The paper's methods by name, as a ViT or DeiT has them."""
 
