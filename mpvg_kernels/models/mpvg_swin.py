@@ -34,9 +34,10 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import get_norm_layer, resample_abs_pos_embed_nhwc, to_2tuple, trunc_normal_
 from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
-from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock, SwinTransformerStage
+from timm.models.swin_transformer import PatchMerging, SwinTransformer, SwinTransformerBlock, SwinTransformerStage
 from timm.models.swin_transformer import checkpoint_filter_fn as timm_checkpoint_filter_fn
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from ..modules import FusedAddLayerNorm, FusedAddPELayerNorm, FusedPELayerNormPool
 from ..ops.common import join
@@ -72,19 +73,24 @@ _SWIN_SCHEMES = {
 }
 
 
+def _like(norm: nn.LayerNorm) -> dict[str, Any]:
+    """The arguments of a fused norm that stands for timm's."""
+    weight = norm.weight
+    bias = norm.bias is not None
+    return {"dim": len(weight), "eps": norm.eps, "bias": bias, "device": weight.device, "dtype": weight.dtype}
+
+
 class MPVGSwinBlock(SwinTransformerBlock):
     """timm's block on fused norms: they join the residual branch before them and, in norm1, add the PE."""
 
     @classmethod
     def convert(cls, block: SwinTransformerBlock, scheme: PositionScheme, layer: int) -> None:
         """Make timm's block one of these, in place: timm's model names the classes of its parts itself."""
-        weight, bias = block.norm1.weight, block.norm1.bias
-        options = {"bias": bias is not None, "device": weight.device, "dtype": weight.dtype}
         with_pos = scheme.reaches(layer) and scheme.join == "norm"
         block.__class__ = cls
         block.adds_pos = scheme.reaches(layer) and not with_pos
-        block.norm1 = (FusedAddPELayerNorm if with_pos else FusedAddLayerNorm)(block.dim, block.norm1.eps, **options)
-        block.norm2 = FusedAddLayerNorm(block.dim, block.norm2.eps, **options)
+        block.norm1 = (FusedAddPELayerNorm if with_pos else FusedAddLayerNorm)(**_like(block.norm1))
+        block.norm2 = FusedAddLayerNorm(**_like(block.norm2))
 
     def forward(
         self,
@@ -116,6 +122,24 @@ class MPVGSwinBlock(SwinTransformerBlock):
         return x, branch, draw_drop_path(self.drop_path2, branch), pos
 
 
+class MPVGPatchMerging(PatchMerging):
+    """timm's PatchMerging on a fused norm, without the copy that timm's padding makes of a grid that needs none."""
+
+    @classmethod
+    def convert(cls, merging: PatchMerging) -> None:
+        """Make timm's module one of these, in place."""
+        merging.__class__ = cls
+        merging.norm = FusedAddLayerNorm(**_like(merging.norm))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, H, W, D) -> (B, ceil(H / 2), ceil(W / 2), out_dim), tokens or a PE."""
+        height, width = x.shape[1:3]
+        if height % 2 or width % 2:
+            x = pad(x, (0, 0, 0, width % 2, 0, height % 2))
+        x = x.unflatten(2, (-1, 2)).unflatten(1, (-1, 2)).permute(0, 1, 3, 4, 2, 5).flatten(3)
+        return self.reduction(self.norm(x, None)[0])
+
+
 class MPVGSwinStage(SwinTransformerStage):
     """timm's stage, PatchMerging and then blocks, for tokens and the PEs that travel with them."""
 
@@ -124,6 +148,8 @@ class MPVGSwinStage(SwinTransformerStage):
         """Make timm's stage one of these, in place; `first_layer` is the index of its first block in the model."""
         stage.__class__ = cls
         stage.scheme, stage.first_layer = scheme, first_layer
+        if isinstance(stage.downsample, PatchMerging):
+            MPVGPatchMerging.convert(stage.downsample)
         for layer, block in enumerate(stage.blocks, first_layer):
             MPVGSwinBlock.convert(block, scheme, layer)
 
@@ -218,15 +244,8 @@ class MPVGSwinTransformer(SwinTransformer):
         self.scheme = scheme
         for stage, first_layer in zip(self.layers, accumulate(depths, initial=0), strict=False):
             MPVGSwinStage.convert(stage, scheme, first_layer)
-        weight = self.norm.weight
-        device_dtype = {"device": weight.device, "dtype": weight.dtype}
-        self.norm = FusedPELayerNormPool(
-            self.num_features,
-            self.norm.eps,
-            bias=self.norm.bias is not None,
-            pos_norm=scheme.last is not None,
-            **device_dtype,
-        )
+        device_dtype = {"device": self.norm.weight.device, "dtype": self.norm.weight.dtype}
+        self.norm = FusedPELayerNormPool(**_like(self.norm), pos_norm=scheme.last is not None)
         self.pos_embed = nn.Parameter(torch.zeros(1, *self.patch_embed.grid_size, self.embed_dim, **device_dtype))
         self.layer_pos_embed = nn.ParameterDict()
         if scheme.join == "unshare":

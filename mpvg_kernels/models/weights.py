@@ -21,17 +21,19 @@ _logger = logging.getLogger(__name__)
 def checkpoint_filter_fn(
     state_dict: Mapping[str, Any], model: MPVGVisionTransformer, grid: tuple[int, int] | None = None
 ) -> dict[str, Tensor]:
-    """Convert a checkpoint of timm's DeiT or ViT, or of another size of this model, to fit `model`.
+    """Convert a checkpoint of timm's DeiT, ViT or Swin, of the original Swin, or of another size of this model, to fit.
 
     The class token and its PE slot are dropped for a pooled scheme, PE tables are resampled to the model's grid, patch
-    weights to its patch size, and the PE LayerNorms of a checkpoint that has none start at the identity. One log line
-    says what was done. Names and shapes are not checked here: `load_weights` does.
+    weights to its patch size, and the PE LayerNorms of a checkpoint that has none start at the identity; where a Swin
+    has no PE table, `model` keeps its own. One log line says what was done. Names and shapes are not checked here:
+    `load_weights` does.
 
     Args:
         state_dict: parameters by name, or a checkpoint with them under "model" or "state_dict".
         model: where they are to be loaded.
-        grid: the (rows, columns) of patches that the checkpoint's table was learned for. Left out, it is taken from
-            timm's record of the checkpoint's image size, or is the model's own if the number of rows says so.
+        grid: the (rows, columns) of patches that the checkpoint's table was learned for. Left out, it is the table's
+            shape if that is (1, H, W, D), or taken from timm's record of the checkpoint's image size, or the model's
+            own if the number of rows says so.
 
     Raises:
         ValueError: the grid of the checkpoint's table is not known, or does not fit the table.
