@@ -1,8 +1,17 @@
 """Vision transformers whose position embedding travels by a `PositionScheme`; importing this registers them in timm."""
 
-from . import mpvg_deit  # noqa: F401  (registers)
+from . import mpvg_deit, mpvg_swin  # noqa: F401  (register)
+from .mpvg_swin import MPVGSwinTransformer, SwinPositionScheme
 from .mpvg_vit import MPVGVisionTransformer
 from .position_scheme import NAMED_SCHEMES, PositionScheme
 from .weights import checkpoint_filter_fn, load_weights
 
-__all__ = ["NAMED_SCHEMES", "MPVGVisionTransformer", "PositionScheme", "checkpoint_filter_fn", "load_weights"]
+__all__ = [
+    "NAMED_SCHEMES",
+    "MPVGSwinTransformer",
+    "MPVGVisionTransformer",
+    "PositionScheme",
+    "SwinPositionScheme",
+    "checkpoint_filter_fn",
+    "load_weights",
+]

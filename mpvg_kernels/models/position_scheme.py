@@ -129,8 +129,15 @@ class PositionScheme:
                 )
 
     @classmethod
+    def named(cls) -> Mapping[str, PositionScheme]:
+        """The schemes with names, as this class's architectures have them: what :meth:`parse` and text start from."""
+        return NAMED_SCHEMES
+
+    @classmethod
     def parse(cls, value: str | Mapping[str, Any] | PositionScheme) -> PositionScheme:
         """Read a scheme from text, from a mapping, or pass one through.
+
+        An architecture where names mean something else has a subclass with its own :meth:`named`.
 
         Args:
             value: "mpvg", "mpvg(last=8, add_to_input=False)"; a mapping of the fields, where a "name" gives the scheme
@@ -142,9 +149,9 @@ class PositionScheme:
             TypeError: another type.
         """
         if isinstance(value, PositionScheme):
-            return value
+            return value if type(value) is cls else cls(**dataclasses.asdict(value))
         if isinstance(value, str):
-            name, fields = _parse_text(value)
+            name, fields = _parse_text(value, cls.named())
         elif isinstance(value, Mapping):
             fields = dict(value)
             name = fields.pop("name", None)
@@ -158,7 +165,7 @@ class PositionScheme:
             if key not in known:
                 raise ValueError(f"position scheme: no field {key!r}{_near(key, known)}; fields: {', '.join(known)}")
         if name is not None:
-            return dataclasses.replace(_named(name), **fields)
+            return dataclasses.replace(_named(name, cls.named()), **fields)
         missing = [key for key in ("pool", "add_to_input", "layerwise") if key not in fields]
         if missing:
             raise ValueError(f"position scheme: the mapping has neither a 'name' nor {', '.join(missing)}")
@@ -168,7 +175,7 @@ class PositionScheme:
         """The shortest text that :meth:`parse` reads back as this value."""
         texts = []
         # Of equally short texts the last one named wins: mpvg(last=8), not pvg(last=8).
-        for name, scheme in reversed(NAMED_SCHEMES.items()):
+        for name, scheme in reversed(self.named().items()):
             changed = [
                 f"{field.name}={getattr(self, field.name)}"
                 for field in dataclasses.fields(self)
@@ -183,9 +190,9 @@ NAMED_SCHEMES: dict[str, PositionScheme] = {
     "gap": PositionScheme(pool="avg", add_to_input=True, layerwise=False),
     "lape": PositionScheme(pool="token", add_to_input=False, layerwise=True, first_layer=0),
     "lape_gap": PositionScheme(pool="avg", add_to_input=False, layerwise=True, first_layer=0),
+    "gap_last": PositionScheme(pool="avg", add_to_input=True, layerwise=False, last=0),
     "pvg": PositionScheme(pool="avg", add_to_input=True, layerwise=True),
     "mpvg": PositionScheme(pool="avg", add_to_input=True, layerwise=True, last=0),
-    "gap_last": PositionScheme(pool="avg", add_to_input=True, layerwise=False, last=0),
 }
 """The paper's methods by name, as a ViT or DeiT has them."""
 
@@ -195,17 +202,17 @@ def _near(word: str, words: list[str]) -> str:
     return f" (did you mean {' or '.join(near)}?)" if near else ""
 
 
-def _named(name: str) -> PositionScheme:
-    if name not in NAMED_SCHEMES:
-        names = list(NAMED_SCHEMES)
+def _named(name: str, schemes: Mapping[str, PositionScheme]) -> PositionScheme:
+    if name not in schemes:
+        names = list(schemes)
         raise ValueError(f"unknown position scheme {name!r}{_near(str(name), names)}; known: {', '.join(names)}")
-    return NAMED_SCHEMES[name]
+    return schemes[name]
 
 
-def _parse_text(text: str) -> tuple[str, dict[str, Any]]:
+def _parse_text(text: str, schemes: Mapping[str, PositionScheme]) -> tuple[str, dict[str, Any]]:
     """Split "name(field=value, ...)" into its name and fields; a bare word as a value is a string (share, avg)."""
     name = text.partition("(")[0].strip()
-    _named(name)
+    _named(name, schemes)
     try:
         call = ast.parse(text.strip() if "(" in text else f"{name}()", mode="eval").body
         fields = {

@@ -21,44 +21,54 @@ _logger = logging.getLogger(__name__)
 def checkpoint_filter_fn(
     state_dict: Mapping[str, Any], model: MPVGVisionTransformer, grid: tuple[int, int] | None = None
 ) -> dict[str, Tensor]:
-    """Convert a checkpoint of timm's DeiT or ViT, or of another size of this model, to fit `model`.
+    """Convert a checkpoint of timm's DeiT, ViT or Swin, of the original Swin, or of another size of this model, to fit.
 
     The class token and its PE slot are dropped for a pooled scheme, PE tables are resampled to the model's grid, patch
-    weights to its patch size, and the PE LayerNorms of a checkpoint that has none start at the identity. One log line
-    says what was done. Names and shapes are not checked here: `load_weights` does.
+    weights to its patch size, and the PE LayerNorms of a checkpoint that has none start at the identity; where a Swin
+    has no PE table, `model` keeps its own. One log line says what was done. Names and shapes are not checked here:
+    `load_weights` does.
 
     Args:
         state_dict: parameters by name, or a checkpoint with them under "model" or "state_dict".
         model: where they are to be loaded.
-        grid: the (rows, columns) of patches that the checkpoint's table was learned for. Left out, it is taken from
-            timm's record of the checkpoint's image size, or is the model's own if the number of rows says so.
+        grid: the (rows, columns) of patches that the checkpoint's table was learned for. Left out, it is the table's
+            shape if that is (1, H, W, D), or taken from timm's record of the checkpoint's image size, or the model's
+            own if the number of rows says so.
 
     Raises:
         ValueError: the grid of the checkpoint's table is not known, or does not fit the table.
     """
     state_dict = state_dict.get("model", state_dict)
     state_dict = state_dict.get("state_dict", state_dict)
-    tables = {k: v for k, v in state_dict.items() if k == "pos_embed" or k.startswith("layer_pos_embed.")}
-    others = {k: v for k, v in state_dict.items() if k not in tables}
-    out = model.rename_checkpoint(others)
-    done = []
+    # (Microsoft's Swin calls its table absolute_pos_embed.)
+    named = {k.removeprefix("absolute_"): v for k, v in state_dict.items()}
+    tables = {k: v for k, v in named.items() if k == "pos_embed" or k.startswith("layer_pos_embed.")}
+    out = model.rename_checkpoint({k: v for k, v in named.items() if k not in tables})
+    done = ["found no PE table and left the model's own"] if "pos_embed" in out and "pos_embed" not in tables else []
 
     source_prefix = sum(out[k].shape[1] for k in ("cls_token", "reg_token") if k in out)
-    drop_class_token = "cls_token" in out and model.cls_token is None
+    drop_class_token = "cls_token" in out and getattr(model, "cls_token", None) is None
     if drop_class_token:
         del out["cls_token"]
         done.append("dropped the class token")
-    new_grid = tuple(model.patch_embed.grid_size)
     patch_weight = state_dict.get("patch_embed.proj.weight")
+    shapes = {k: v.shape for k, v in model.named_parameters()}
     for name, table in tables.items():
-        old_grid, prefix = _source_grid(model, name, table, source_prefix, grid, patch_weight)
+        new_grid = tuple(model.patch_embed.grid_size)
+        as_map = len(shapes.get(name, ())) == 4  # (1, H, W, D) says its grid
+        if as_map:
+            new_grid = tuple(shapes[name][1:3])
+        if table.ndim == 4:
+            old_grid, prefix, table = tuple(table.shape[1:3]), 0, table.flatten(1, 2)
+        else:
+            old_grid, prefix = _source_grid(model, name, table, source_prefix, grid, patch_weight)
         if drop_class_token and prefix:
             table, prefix = table[:, 1:], prefix - 1
             done.append(f"dropped the class token's row of {name}")
         if old_grid != new_grid:
             table = resample_abs_pos_embed(table, new_size=new_grid, old_size=old_grid, num_prefix_tokens=prefix)
             done.append(f"resampled {name} from {old_grid[0]}x{old_grid[1]} to {new_grid[0]}x{new_grid[1]}")
-        out[name] = table
+        out[name] = table.unflatten(1, new_grid) if as_map else table
     if not any(k.endswith("pos_weight") for k in out):
         own = model.state_dict()
         scales = {k: torch.ones_like(v) for k, v in own.items() if k.endswith(".pos_weight")}

@@ -81,10 +81,10 @@ def fake_grads(
 
 
 def join(x_BND: Tensor, branch_BND: Tensor, branch_scale_B: Tensor | None) -> Tensor:
-    """The plain formula of the residual add, h = x + s[b] * f, in the promoted dtype of x and f."""
+    """The plain formula of the residual add, h = x + s[b] * f, in the promoted dtype of x and f; any token axes."""
     if branch_scale_B is None:
         return x_BND + branch_BND
-    h_BND = x_BND + branch_BND * branch_scale_B[:, None, None]
+    h_BND = x_BND + branch_BND * branch_scale_B.view(-1, *[1] * (x_BND.dim() - 1))
     return h_BND.to(torch.promote_types(x_BND.dtype, branch_BND.dtype))
 
 
