@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from timm.layers import resample_abs_pos_embed, trunc_normal_
-from timm.models import checkpoint
 from timm.models._features import feature_take_indices
 from timm.models.vision_transformer import Block, VisionTransformer
 from timm.models.vision_transformer import checkpoint_filter_fn as timm_checkpoint_filter_fn
@@ -25,7 +24,7 @@ from torch.nn.functional import pad
 from ..modules import FusedAddLayerNorm, FusedAddPELayerNorm, FusedPELayerNormPool
 from ..ops.common import join
 from .position_scheme import PositionScheme
-from .stream import draw_drop_path, make_layer_norm, run_and_join
+from .stream import draw_drop_path, make_layer_norm, run_checkpointed
 
 __all__ = ["MPVGBlock", "MPVGVisionTransformer"]
 
@@ -70,6 +69,7 @@ class MPVGBlock(Block):
         pos: Tensor | None = None,
         attn_mask: Tensor | None = None,
         is_causal: bool = False,
+        *mlp_args: Any,
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """One layer on the stream x + branch_scale * branch.
 
@@ -79,6 +79,7 @@ class MPVGBlock(Block):
             branch_scale: (B,), stochastic depth's factor of the branch for each sample, or None.
             pos: (1, N - num_prefix_tokens, D), the PE this layer starts from; a layer that takes none hands it on.
             attn_mask, is_causal: as in timm's Attention.
+            mlp_args: what the MLP takes besides the tokens.
 
         Returns:
             x, branch, branch_scale, pos for the next layer: pos is LN'(pos) where this layer has an LN'.
@@ -91,7 +92,7 @@ class MPVGBlock(Block):
             y, x = self.norm1(x, branch, branch_scale)
         branch = self.ls1(self.attn(y, attn_mask=attn_mask, is_causal=is_causal))
         y, x = self.norm2(x, branch, draw_drop_path(self.drop_path1, branch))
-        branch = self.ls2(self.mlp(y))
+        branch = self.ls2(self.mlp(y, *mlp_args))
         return x, branch, draw_drop_path(self.drop_path2, branch), pos
 
 
@@ -113,6 +114,9 @@ class MPVGVisionTransformer(VisionTransformer):
 
     block: Callable[..., MPVGBlock] = MPVGBlock
     """What makes the layers; an architecture with other blocks has its own."""
+
+    class_token_parts: tuple[str, ...] = ()
+    """Beginnings of the names of parameters that only models with a class token have, besides the token itself."""
 
     def __init__(
         self,
@@ -232,7 +236,8 @@ class MPVGVisionTransformer(VisionTransformer):
             x, branch, branch_scale: the stream, its last branch not joined yet; pos_last: the last norm's PE, without
             rows for prefix tokens, or None; the taken streams (B, N, D), in the order of layers.
         """
-        scheme, taken = self.scheme, []
+        scheme, taken, kept = self.scheme, [], []
+        mlp_args = self._mlp_args(image)
         x, pos_0, tables = self._embed(image)
         branch = branch_scale = None
         pos_last = pos_0 if scheme.last == 0 else None
@@ -240,9 +245,9 @@ class MPVGVisionTransformer(VisionTransformer):
         for i, block in enumerate(self.blocks):
             if i == stop:
                 break
-            args = x, branch, branch_scale, tables.get(i, pos), attn_mask, is_causal
+            args = x, branch, branch_scale, tables.get(i, pos), attn_mask, is_causal, *mlp_args
             if self.grad_checkpointing:
-                x, pos_i = checkpoint(run_and_join, block, *args)
+                x, pos_i = run_checkpointed(block, *args)
                 branch = branch_scale = None
             else:
                 x, branch, branch_scale, pos_i = block(*args)
@@ -250,13 +255,29 @@ class MPVGVisionTransformer(VisionTransformer):
                 x = x if branch is None else join(x, branch, branch_scale)
                 branch = branch_scale = None
                 taken.append(x)
+            self._after_block(kept, x, branch, branch_scale)
             if scheme.hierarchical and scheme.join == "norm":
                 pos = pos_i
             if i == scheme.last and i:
                 pos_last = pos_i
         if pos_last is not None and not self.no_embed_class:
             pos_last = pos_last[:, self.num_prefix_tokens :]
-        return x, branch, branch_scale, pos_last, taken
+        return *self._after_blocks(kept, x, branch, branch_scale), pos_last, taken
+
+    # What other architectures add to the layers; nothing here.
+
+    def _mlp_args(self, image: Tensor) -> tuple:
+        """What the blocks' MLPs take besides the tokens, for this image (B, C, H, W)."""
+        return ()
+
+    def _after_block(self, kept: list[Tensor], x: Tensor, branch: Tensor | None, branch_scale: Tensor | None) -> None:
+        """Append to `kept` what `_after_blocks` needs of the stream after a layer."""
+
+    def _after_blocks(
+        self, kept: list[Tensor], x: Tensor, branch: Tensor | None, branch_scale: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """x, branch, branch_scale for the last norm, from those of the last layer and what was kept of the layers."""
+        return x, branch, branch_scale
 
     def _norm_tokens(
         self, x: Tensor, pos: Tensor | None, branch: Tensor | None = None, branch_scale: Tensor | None = None
@@ -378,6 +399,14 @@ class MPVGVisionTransformer(VisionTransformer):
                 num_prefix_tokens=0 if self.no_embed_class else self.num_prefix_tokens,
             )
             self.layer_pos_embed[i] = nn.Parameter(resized, requires_grad=table.requires_grad)
+
+    def own_name(self, name: str) -> str:
+        """This model's name for a parameter of the architecture's published code; other names as they are."""
+        return name
+
+    def fixed_table(self, table: Tensor) -> Tensor | None:
+        """What stands for a checkpoint's PE table where this architecture's is a formula; None: tables are learned."""
+        return None
 
     def rename_checkpoint(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         """Another checkpoint's parameters, all but the PE tables, under this model's names and patch size."""

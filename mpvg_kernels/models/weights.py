@@ -28,7 +28,8 @@ def checkpoint_filter_fn(
     says what was done. Names and shapes are not checked here: `load_weights` does.
 
     Args:
-        state_dict: parameters by name, or a checkpoint with them under "model" or "state_dict".
+        state_dict: parameters by name, or a checkpoint with them under "model", "state_dict" or
+            "state_dict_ema".
         model: where they are to be loaded.
         grid: the (rows, columns) of patches that the checkpoint's table was learned for. Left out, it is taken from
             timm's record of the checkpoint's image size, or is the model's own if the number of rows says so.
@@ -36,8 +37,9 @@ def checkpoint_filter_fn(
     Raises:
         ValueError: the grid of the checkpoint's table is not known, or does not fit the table.
     """
-    state_dict = state_dict.get("model", state_dict)
-    state_dict = state_dict.get("state_dict", state_dict)
+    for key in ("model", "state_dict", "state_dict_ema"):
+        state_dict = state_dict.get(key, state_dict)
+    state_dict = {model.own_name(name): value for name, value in state_dict.items()}
     tables = {k: v for k, v in state_dict.items() if k == "pos_embed" or k.startswith("layer_pos_embed.")}
     others = {k: v for k, v in state_dict.items() if k not in tables}
     out = model.rename_checkpoint(others)
@@ -46,11 +48,20 @@ def checkpoint_filter_fn(
     source_prefix = sum(out[k].shape[1] for k in ("cls_token", "reg_token") if k in out)
     drop_class_token = "cls_token" in out and model.cls_token is None
     if drop_class_token:
-        del out["cls_token"]
-        done.append("dropped the class token")
+        parts = ("cls_token", *model.class_token_parts)
+        out = {k: v for k, v in out.items() if not k.startswith(parts)}
+        done.append(" and ".join(["dropped the class token", *model.class_token_parts]))
     new_grid = tuple(model.patch_embed.grid_size)
     patch_weight = state_dict.get("patch_embed.proj.weight")
+    if patch_weight is None:  # a stem, whose stride is the model's own
+        patch_weight = torch.empty(0, 0, *model.patch_embed.patch_size)
     for name, table in tables.items():
+        fixed = model.fixed_table(table)
+        if fixed is not None:
+            out[name] = fixed
+            if fixed.shape != table.shape:
+                done.append(f"recomputed {name} for {new_grid[0]}x{new_grid[1]}")
+            continue
         old_grid, prefix = _source_grid(model, name, table, source_prefix, grid, patch_weight)
         if drop_class_token and prefix:
             table, prefix = table[:, 1:], prefix - 1
