@@ -2,10 +2,10 @@
 
     model = timm.create_model("mpvg_ceit_tiny_patch16_224", scheme="mpvg", drop_path_rate=0.1)
 
-A stem makes the patches, and LeFF, with a depth-wise convolution over their grid, stands for the MLP. With a class token
-all is as published: LeFF hands the class token on as it gets it (so that the residual adds LN(class token)), and after
-the last layer, layer-wise class attention (LCA) makes the class token that the last LayerNorm and the head read, from
-those of all layers. The last layer's LeFF then changes only patch tokens that nobody reads: its gradient is zero.
+A stem makes the patches, and LeFF, with a depth-wise convolution over their grid, stands for the MLP. With a class
+token all is as published: LeFF hands the class token on as it gets it (so that the residual adds LN(class token)), and
+after the last layer, layer-wise class attention (LCA) makes the class token that the last LayerNorm and the head read,
+from those of all layers. The last layer's LeFF then changes only patch tokens that nobody reads: its gradient is zero.
 
 The MPVG paper prints 6.361 M parameters for MPVG-CeiT-Ti. That is the default form's 6,356,904, class token and LCA
 counted, and MPVG's 12 LayerNorms. But its pooled models have no class token, and without class tokens there is nothing
@@ -136,7 +136,7 @@ class MPVGCeiT(MPVGVisionTransformer):
     patch_drop_rate, fix_init and scale_mlp_norm are refused: LeFF needs the whole grid, and is no Mlp.
     """
 
-    class_token_parts = ("lca.",)
+    class_token_parts = ("lca",)
 
     def __init__(
         self,

@@ -116,7 +116,7 @@ class MPVGVisionTransformer(VisionTransformer):
     """What makes the layers; an architecture with other blocks has its own."""
 
     class_token_parts: tuple[str, ...] = ()
-    """Beginnings of the names of parameters that only models with a class token have, besides the token itself."""
+    """Names of submodules that only models with a class token have."""
 
     def __init__(
         self,

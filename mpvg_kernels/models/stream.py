@@ -43,14 +43,15 @@ def run_checkpointed(block: nn.Module, *args: Any) -> tuple[Tensor, Tensor | Non
 
 @contextmanager
 def _not_tracking(batch_norms: list[nn.BatchNorm2d]) -> Iterator[None]:
-    before = [norm.track_running_stats for norm in batch_norms]
+    # A momentum of 0 and not track_running_stats=False, under which autograd saves fewer tensors than in the first run.
+    before = [(norm.momentum, norm.num_batches_tracked) for norm in batch_norms]
     for norm in batch_norms:
-        norm.track_running_stats = False
+        norm.momentum, norm.num_batches_tracked = 0.0, None
     try:
         yield
     finally:
-        for norm, track in zip(batch_norms, before, strict=True):
-            norm.track_running_stats = track
+        for norm, (momentum, count) in zip(batch_norms, before, strict=True):
+            norm.momentum, norm.num_batches_tracked = momentum, count
 
 
 def run_and_join(block: nn.Module, *args: Any) -> tuple[Tensor, Tensor | None]:

@@ -49,7 +49,7 @@ def checkpoint_filter_fn(
     drop_class_token = "cls_token" in out and model.cls_token is None
     if drop_class_token:
         parts = ("cls_token", *model.class_token_parts)
-        out = {k: v for k, v in out.items() if not k.startswith(parts)}
+        out = {k: v for k, v in out.items() if k.split(".")[0] not in parts}
         done.append(" and ".join(["dropped the class token", *model.class_token_parts]))
     new_grid = tuple(model.patch_embed.grid_size)
     patch_weight = state_dict.get("patch_embed.proj.weight")
