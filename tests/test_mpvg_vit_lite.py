@@ -114,7 +114,7 @@ def published():
 def test_published_weights(caplog):
     theirs, ours = published()
     check_published_weights(
-        build, theirs, caplog, "dropped the class token; dropped the class token's row of pos_embed"
+        build, theirs, ours, caplog, "dropped the class token; dropped the class token's row of pos_embed"
     )
     model = build("default")
     load_weights(model, {"state_dict": {f"module.{k}": v for k, v in theirs.items()}})
