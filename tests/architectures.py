@@ -215,6 +215,9 @@ def check_sizes(build, schemes, size: tuple[int, int], other: tuple[int, int], s
             image = torch.randn(2, 3, *other)
             torch.testing.assert_close(model(image), dynamic(image))
             final, (map_,) = dynamic.forward_intermediates(image, 1)
+            padded = build(scheme, img_size=size, dynamic_img_size=True, dynamic_img_pad=True).eval()
+            padded.load_state_dict(dynamic.state_dict())
+            torch.testing.assert_close(padded(image[..., :-1, :]), dynamic(F.pad(image[..., :-1, :], (0, 0, 0, 1))))
         assert map_.shape[2:] == (other[0] // stride, other[1] // stride)
         torch.testing.assert_close(final, model.forward_features(image))
 

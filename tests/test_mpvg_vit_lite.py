@@ -167,5 +167,8 @@ def test_sizes_that_do_not_fit():
         ValueError, match=r"32x8: this model is built for 16x16; resize the image, call set_input_size\(\(32"
     ):
         build()(torch.randn(1, 3, 32, 8))
-    with pytest.raises(ValueError, match="image size 18x16"):
-        model.set_input_size((18, 16))
+    before = model.state_dict()
+    for kwargs in (dict(img_size=(18, 16)), dict(patch_size=3)):
+        with pytest.raises(ValueError, match=r"image size 1[68]x16: the sides must be multiples of (4 and 4|3 and 3)"):
+            model.set_input_size(**kwargs)
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)

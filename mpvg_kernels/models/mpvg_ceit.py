@@ -13,7 +13,6 @@ for LCA to read. So, ours: pooled schemes have neither, LeFF works on all tokens
 parameters. Also ours: LCA gets no position embedding under lape, as class tokens have no place in a grid.
 """
 
-import re
 from functools import partial
 from typing import Any
 
@@ -137,6 +136,14 @@ class MPVGCeiT(MPVGVisionTransformer):
     """
 
     class_token_parts = ("lca",)
+    published_names = (
+        (r"^module\.", ""),
+        (r"^i2t\.backbone\.", "patch_embed.proj."),
+        (r"^i2t\.proj\.", "patch_embed.proj.proj."),
+        (r"^(blocks\.\d+)\.leff\.", r"\1.mlp."),
+        (r"^lca\.feedforward\.", "lca.mlp."),
+        (r"^pos_layer_embed$", "lca.layer_embed"),
+    )
 
     def __init__(
         self,
@@ -223,30 +230,12 @@ class MPVGCeiT(MPVGVisionTransformer):
             self.lca = None
         return super().prune_intermediate_layers(indices, prune_norm, prune_head)
 
-    def own_name(self, name: str) -> str:
-        for pattern, replacement in _NAMES:
-            name = re.sub(pattern, replacement, name)
-        return name
-
-    def rename_checkpoint(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-        return state_dict
-
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """timm's layer groups; LCA is with the last norm."""
         groups = super().group_matcher(coarse)
         return {**groups, "blocks": [*groups["blocks"], (r"^lca", (99999,))]}
 
-
-# The published code's names and ours.
-_NAMES = (
-    (r"^module\.", ""),
-    (r"^i2t\.backbone\.", "patch_embed.proj."),
-    (r"^i2t\.proj\.", "patch_embed.proj.proj."),
-    (r"^(blocks\.\d+)\.leff\.", r"\1.mlp."),
-    (r"^lca\.feedforward\.", "lca.mlp."),
-    (r"^pos_layer_embed$", "lca.layer_embed"),
-)
 
 default_cfgs = generate_default_cfgs(
     {

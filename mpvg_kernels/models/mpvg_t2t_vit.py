@@ -16,7 +16,6 @@ where the papers are silent:
 """
 
 import math
-import re
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -145,6 +144,14 @@ class MPVGT2TViT(MPVGVisionTransformer):
         All others, and the errors, are MPVGVisionTransformer's. patch_size is 16, and image sides multiples of it.
     """
 
+    published_names = (
+        (r"^module\.", ""),
+        (r"^tokens_to_token\.", "patch_embed.proj."),
+        (r"^(patch_embed\.proj\.attention\d)\.mlp\.0\.", r"\1.mlp.fc1."),
+        (r"^(patch_embed\.proj\.attention\d)\.mlp\.2\.", r"\1.mlp.fc2."),
+        (r"^(patch_embed\.proj\.attention\d)\.w$", r"\1.features"),
+    )
+
     def __init__(
         self,
         *,
@@ -197,14 +204,6 @@ class MPVGT2TViT(MPVGVisionTransformer):
         super().set_input_size(img_size, patch_size)
         self._set_table()
 
-    def own_name(self, name: str) -> str:
-        for pattern, replacement in _NAMES:
-            name = re.sub(pattern, replacement, name)
-        return name
-
-    def rename_checkpoint(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-        return state_dict
-
     def fixed_table(self, table: Tensor) -> Tensor:
         """This model's sinusoid; ValueError where the checkpoint's table is something else."""
         for prefix in (1, 0):
@@ -226,15 +225,6 @@ class _Scale(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x * self.factor
 
-
-# The published code's names and ours.
-_NAMES = (
-    (r"^module\.", ""),
-    (r"^tokens_to_token\.", "patch_embed.proj."),
-    (r"^(patch_embed\.proj\.attention\d)\.mlp\.0\.", r"\1.mlp.fc1."),
-    (r"^(patch_embed\.proj\.attention\d)\.mlp\.2\.", r"\1.mlp.fc2."),
-    (r"^(patch_embed\.proj\.attention\d)\.w$", r"\1.features"),
-)
 
 default_cfgs = generate_default_cfgs(
     {f"mpvg_t2t_vit_{depth}_224": default_cfg(crop_pct=0.9, first_conv=None) for depth in (7, 10, 12, 14, 19, 24)}

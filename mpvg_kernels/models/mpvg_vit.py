@@ -9,6 +9,7 @@ scheme="default" the model is timm's own, on the `reference` backend bit for bit
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -117,6 +118,9 @@ class MPVGVisionTransformer(VisionTransformer):
 
     class_token_parts: tuple[str, ...] = ()
     """Names of submodules that only models with a class token have."""
+
+    published_names: tuple[tuple[str, str], ...] = ()
+    """Patterns of parameter names in the architecture's published code and what they become here, in this order."""
 
     def __init__(
         self,
@@ -402,6 +406,8 @@ class MPVGVisionTransformer(VisionTransformer):
 
     def own_name(self, name: str) -> str:
         """This model's name for a parameter of the architecture's published code; other names as they are."""
+        for pattern, own in self.published_names:
+            name = re.sub(pattern, own, name)
         return name
 
     def fixed_table(self, table: Tensor) -> Tensor | None:

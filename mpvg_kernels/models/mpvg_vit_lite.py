@@ -9,7 +9,6 @@ load. As published, the class token starts at zero, the position embedding (PE) 
 subject to weight decay, attention has a dropout of 0.1, and stochastic depth goes up to 0.1.
 """
 
-import re
 from functools import partial
 from typing import Any
 
@@ -24,20 +23,6 @@ from .mpvg_vit import MPVGBlock, MPVGVisionTransformer
 from .patches import CheckedPatchEmbed
 
 __all__ = ["MPVGViTLite", "ViTLiteBlock"]
-
-# The published code's names and ours, in the order in which they are replaced.
-_NAMES = (
-    (r"^module\.", ""),
-    (r"^tokenizer\.conv_layers\.0\.0\.", "patch_embed.proj."),
-    (r"^classifier\.class_emb$", "cls_token"),
-    (r"^classifier\.positional_emb$", "pos_embed"),
-    (r"^classifier\.fc\.", "head."),
-    (r"^classifier\.norm\.", "norm."),
-    (r"^classifier\.blocks\.(\d+)\.norm1\.", r"blocks.\1.norm2."),
-    (r"^classifier\.blocks\.(\d+)\.pre_norm\.", r"blocks.\1.norm1."),
-    (r"^classifier\.blocks\.(\d+)\.self_attn\.", r"blocks.\1.attn."),
-    (r"^classifier\.blocks\.(\d+)\.linear([12])\.", r"blocks.\1.mlp.fc\2."),
-)
 
 
 class StreamNorm(FusedAddLayerNorm):
@@ -68,6 +53,18 @@ class MPVGViTLite(MPVGVisionTransformer):
     """
 
     block = ViTLiteBlock
+    published_names = (
+        (r"^module\.", ""),
+        (r"^tokenizer\.conv_layers\.0\.0\.", "patch_embed.proj."),
+        (r"^classifier\.class_emb$", "cls_token"),
+        (r"^classifier\.positional_emb$", "pos_embed"),
+        (r"^classifier\.fc\.", "head."),
+        (r"^classifier\.norm\.", "norm."),
+        (r"^classifier\.blocks\.(\d+)\.norm1\.", r"blocks.\1.norm2."),
+        (r"^classifier\.blocks\.(\d+)\.pre_norm\.", r"blocks.\1.norm1."),
+        (r"^classifier\.blocks\.(\d+)\.self_attn\.", r"blocks.\1.attn."),
+        (r"^classifier\.blocks\.(\d+)\.linear([12])\.", r"blocks.\1.mlp.fc\2."),
+    )
 
     def __init__(self, *, norm_layer: Any = None, **kwargs: Any):
         super().__init__(
@@ -82,11 +79,6 @@ class MPVGViTLite(MPVGVisionTransformer):
         if self.cls_token is not None:
             nn.init.zeros_(self.cls_token)
         nn.init.kaiming_normal_(self.patch_embed.proj.weight)
-
-    def own_name(self, name: str) -> str:
-        for pattern, replacement in _NAMES:
-            name = re.sub(pattern, replacement, name)
-        return name
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:

@@ -21,23 +21,18 @@ class CheckedPatchEmbed(PatchEmbed):
     Args: timm's PatchEmbed's.
     """
 
-    def _init_img_size(self, img_size: int | tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int], int]:
-        # dynamic_img_pad is not set yet when the constructor comes here: a size to build for has to fit in any case.
-        self._check_divides(to_2tuple(img_size))
-        return super()._init_img_size(img_size)
+    def __init__(
+        self, img_size: int | tuple[int, int] = 224, patch_size: int | tuple[int, int] = 16, *args: Any, **kwargs: Any
+    ):
+        check_divides(to_2tuple(img_size), to_2tuple(patch_size))
+        super().__init__(img_size, patch_size, *args, **kwargs)
 
-    def _check_divides(self, size: tuple[int, int]) -> None:
-        if all(side > 0 and side % patch == 0 for side, patch in zip(size, self.patch_size, strict=True)):
-            return
-        choices = []
-        for side, patch in zip(size, self.patch_size, strict=True):
-            below = side // patch * patch
-            near = [s for s in (below, below + patch * (below != side)) if s > 0]
-            choices.append(" or ".join(str(s) for s in dict.fromkeys(near)))
-        raise ValueError(
-            f"image size {size[0]}x{size[1]}: the sides must be multiples of {self.patch_size[0]} and "
-            f"{self.patch_size[1]}; the nearest are height {choices[0]}, width {choices[1]}"
-        )
+    def set_input_size(
+        self, img_size: int | tuple[int, int] | None = None, patch_size: int | tuple[int, int] | None = None
+    ) -> None:
+        """Another image or patch size; one that does not fit changes nothing."""
+        check_divides(to_2tuple(img_size or self.img_size), to_2tuple(patch_size or self.patch_size))
+        super().set_input_size(img_size, patch_size)
 
     def forward(self, x: Tensor) -> Tensor:
         """Image (B, C, H, W) to patches (B, N, D), or (B, H', W', D) where output_fmt asks for it."""
@@ -48,8 +43,23 @@ class CheckedPatchEmbed(PatchEmbed):
                 f"resize the image, call set_input_size({size}), or build it with dynamic_img_size=True"
             )
         if not self.dynamic_img_pad:
-            self._check_divides(size)
+            check_divides(size, self.patch_size)
         return super().forward(x)
+
+
+def check_divides(size: tuple[int, int], patch_size: tuple[int, int]) -> None:
+    """Raise ValueError, with the nearest sizes that fit, where patches do not cover an image of this size."""
+    if all(side > 0 and side % patch == 0 for side, patch in zip(size, patch_size, strict=True)):
+        return
+    near = []
+    for side, patch in zip(size, patch_size, strict=True):
+        below = side // patch * patch
+        sides = [side] if below == side else [below, below + patch]
+        near.append(" or ".join(str(s) for s in sides if s > 0))
+    raise ValueError(
+        f"image size {size[0]}x{size[1]}: the sides must be multiples of {patch_size[0]} and {patch_size[1]}; the "
+        f"nearest are height {near[0]}, width {near[1]}"
+    )
 
 
 class StemPatchEmbed(CheckedPatchEmbed):
