@@ -201,10 +201,14 @@ def test_features():
 
 
 def test_pruned_class_attention():
-    """LCA over the layers that are left is that over the first of all layers; without the norm it is gone."""
+    """LCA reads the layers that are left, with the embeddings that they had; without the norm it is gone."""
     model = randomise(build("default")).eval()
     image = images()
-    expected, _ = model.forward_intermediates(image, [1], stop_early=True)
+    shallow = build("default", depth=2).eval()
+    weights = model.state_dict() | {"lca.layer_embed": model.lca.layer_embed[:, :2]}
+    shallow.load_state_dict({k: weights[k] for k in shallow.state_dict()})
+    expected = shallow.forward_features(image)
+    torch.testing.assert_close(model.forward_intermediates(image, [1], stop_early=True)[0], expected)
     model.prune_intermediate_layers([1])
     torch.testing.assert_close(model.forward_features(image), expected)
     model.prune_intermediate_layers([1], prune_norm=True)

@@ -25,7 +25,7 @@ from architectures import (
 from test_mpvg_vit import DEPTH, EQUATIONS
 
 from mpvg_kernels.models import load_weights
-from mpvg_kernels.models.mpvg_t2t_vit import TokenPerformer
+from mpvg_kernels.models.mpvg_t2t_vit import TokenPerformer, sinusoid
 
 NAME = "mpvg_t2t_vit_7_224"
 SMALL = dict(img_size=(32, 48), embed_dim=24, depth=DEPTH, num_heads=2, num_classes=5, token_dim=8, token_drop_rate=0.0)
@@ -116,7 +116,8 @@ def test_defaults():
     assert (cfg["input_size"], cfg["crop_pct"], cfg["mean"]) == ((3, 224, 224), 0.9, (0.485, 0.456, 0.406))
     fixed = {k for k, p in model.named_parameters() if not p.requires_grad}
     assert fixed == {"pos_embed", *(f"patch_embed.proj.attention{i}.features" for i in (1, 2))}
-    assert model.patch_embed.proj.attention1.proj_drop.p == 0.1
+    performer = model.patch_embed.proj.attention1
+    assert (performer.proj_drop.p, performer.mlp.drop1.p, performer.mlp.drop2.p) == (0.1, 0.0, 0.1)
     assert 0.015 < model.cls_token.std() < 0.025
     norms = [
         module for name, module in model.named_modules() if "norm" in name.rpartition(".")[2] and hasattr(module, "eps")
@@ -156,12 +157,19 @@ def test_table_is_the_sinusoid(scheme, kwargs, positions, weight_init):
     """A patch has the same row in every scheme: position 0 is the class token's, there or not."""
     model = build(scheme, weight_init=weight_init, **kwargs)
     torch.testing.assert_close(model.pos_embed.data, written_out(positions, 24))
+    load_weights(model, model.state_dict())
     model.set_input_size((64, 16))
     torch.testing.assert_close(model.pos_embed.data, written_out([*positions][:-6] + [1, 2, 3, 4], 24))
     assert not model.pos_embed.requires_grad
     model.pos_embed.data.zero_()
     model.init_weights()
     torch.testing.assert_close(model.pos_embed.data, written_out([*positions][:-6] + [1, 2, 3, 4], 24))
+
+
+def test_table_of_many_patches():
+    """In fp32 the angles of late positions would be off by 1e-4."""
+    exact = written_out(range(1, 2000), 8).to(torch.float64)
+    torch.testing.assert_close(sinusoid(1999, 0, 8), exact, rtol=0, atol=1e-7)
 
 
 def test_unshared_tables_are_refused():

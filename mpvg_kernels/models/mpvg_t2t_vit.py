@@ -41,8 +41,8 @@ def sinusoid(num_patches: int, num_prefix_tokens: int, dim: int) -> Tensor:
     Channels 2i and 2i + 1 are sin and cos of position / 10000^(2i / dim).
     """
     position_N = torch.arange(1 - num_prefix_tokens, num_patches + 1, dtype=torch.float64).clamp(min=0)
-    channel_D = torch.arange(dim)
-    angle_ND = position_N[:, None] / 10000.0 ** (2 * (channel_D // 2) / dim).double()
+    channel_D = torch.arange(dim, dtype=torch.float64)
+    angle_ND = position_N[:, None] / 10000 ** (2 * (channel_D // 2) / dim)
     return torch.where(channel_D % 2 == 0, angle_ND.sin(), angle_ND.cos())[None]
 
 
@@ -92,7 +92,8 @@ class TokenPerformer(nn.Module):
             x = x.to(dtype)
             return (x @ w_MD.T - x.square().sum(-1, keepdim=True) / 2).exp() / math.sqrt(w_MD.shape[0])
 
-        with torch.autocast(v_BND.device.type, enabled=False):
+        device = v_BND.device.type
+        with torch.autocast("cpu" if device == "meta" else device, enabled=False):  # there is none on "meta"
             k_BNM, q_BNM = phi(k_BND), phi(q_BND)
             sum_BM1 = k_BNM.sum(1).unsqueeze(-1)
             return q_BNM @ (k_BNM.mT @ v_BND.to(dtype)) / (q_BNM @ sum_BM1 + 1e-8)
@@ -206,7 +207,7 @@ class MPVGT2TViT(MPVGVisionTransformer):
 
     def fixed_table(self, table: Tensor) -> Tensor:
         """This model's sinusoid; ValueError where the checkpoint's table is something else."""
-        for prefix in (1, 0):
+        for prefix in (1, 0, self.num_prefix_tokens):
             rows = table.shape[1] - prefix
             expected = sinusoid(rows, prefix, self.embed_dim)
             if table.shape == expected.shape and torch.allclose(table.cpu().double(), expected, atol=1e-2):
