@@ -1,6 +1,6 @@
 """Vision transformers whose position embedding travels by a `PositionScheme`; importing this registers them in timm."""
 
-from . import mpvg_deit, mpvg_swin  # noqa: F401  (register)
+from . import mpvg_ceit, mpvg_deit, mpvg_swin, mpvg_t2t_vit, mpvg_vit_lite  # noqa: F401  (register)
 from .mpvg_swin import MPVGSwinTransformer, SwinPositionScheme
 from .mpvg_vit import MPVGVisionTransformer
 from .position_scheme import NAMED_SCHEMES, PositionScheme

@@ -1,49 +1,22 @@
 """DeiT (arXiv 2012.12877) with any position scheme: sizes of `MPVGVisionTransformer` in timm's registry.
 
-    model = timm.create_model("mpvg_deit_tiny_patch16_224", scheme="mpvg(last=8)", img_size=160, drop_path_rate=0.1)
+model = timm.create_model("mpvg_deit_tiny_patch16_224", scheme="mpvg(last=8)", img_size=160, drop_path_rate=0.1)
 """
 
 from typing import Any
 
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 
+from .factory import create, default_cfg
 from .mpvg_vit import MPVGVisionTransformer
-from .weights import checkpoint_filter_fn
 
-
-def _cfg(**kwargs: Any) -> dict[str, Any]:
-    """DeiT's preprocessing. No weights are published for these models."""
-    return {
-        "url": "",
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": None,
-        "crop_pct": 0.875,
-        "interpolation": "bicubic",
-        "fixed_input_size": True,
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "patch_embed.proj",
-        "classifier": "head",
-        "paper_ids": "arXiv:2502.02919",
-        **kwargs,
-    }
-
-
-default_cfgs = generate_default_cfgs({f"mpvg_deit_{size}_patch16_224": _cfg() for size in ("tiny", "small", "base")})
+default_cfgs = generate_default_cfgs(
+    {f"mpvg_deit_{size}_patch16_224": default_cfg() for size in ("tiny", "small", "base")}
+)
 
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> MPVGVisionTransformer:
-    out_indices = kwargs.pop("out_indices", 3)
-    return build_model_with_cfg(
-        MPVGVisionTransformer,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": out_indices, "feature_cls": "getter"},
-        **{"patch_size": 16, "depth": 12, **kwargs},
-    )
+    return create(MPVGVisionTransformer, variant, pretrained, **{"patch_size": 16, "depth": 12, **kwargs})
 
 
 @register_model

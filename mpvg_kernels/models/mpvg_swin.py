@@ -43,7 +43,7 @@ from ..modules import FusedAddLayerNorm, FusedAddPELayerNorm, FusedPELayerNormPo
 from ..ops.common import join
 from .position_scheme import NAMED_SCHEMES, PositionScheme
 from .stream import draw_drop_path, make_layer_norm, run_and_join
-from .weights import checkpoint_filter_fn
+from .weights import ConvertsCheckpoints, checkpoint_filter_fn
 
 __all__ = ["MPVGSwinTransformer", "SwinPositionScheme"]
 
@@ -197,7 +197,7 @@ class MPVGSwinStage(SwinTransformerStage):
         return x, branch, branch_scale, pos, pos_last
 
 
-class MPVGSwinTransformer(SwinTransformer):
+class MPVGSwinTransformer(ConvertsCheckpoints, SwinTransformer):
     """timm's SwinTransformer with a learned absolute PE and a position scheme, on the fused norms.
 
     The last norm and the pool are one module, `norm`: its forward pools, its `tokens` does not.
@@ -214,6 +214,8 @@ class MPVGSwinTransformer(SwinTransformer):
     Raises:
         ValueError: an option that contradicts the scheme or that the fused norms cannot serve; each message says which.
     """
+
+    published_names = ((r"^absolute_", ""),)
 
     def __init__(
         self,

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from timm.layers import resample_abs_pos_embed, trunc_normal_
-from timm.models import checkpoint
 from timm.models._features import feature_take_indices
 from timm.models.vision_transformer import Block, VisionTransformer
 from timm.models.vision_transformer import checkpoint_filter_fn as timm_checkpoint_filter_fn
@@ -26,7 +25,8 @@ from ..modules import FusedAddLayerNorm, FusedAddPELayerNorm, FusedPELayerNormPo
 from ..ops.common import join
 from .pos_tables import LastNorm, PosTables
 from .position_scheme import PositionScheme
-from .stream import draw_drop_path, make_layer_norm, run_and_join
+from .stream import draw_drop_path, make_layer_norm, run_checkpointed
+from .weights import ConvertsCheckpoints
 
 __all__ = ["MPVGBlock", "MPVGVisionTransformer"]
 
@@ -72,6 +72,7 @@ class MPVGBlock(Block):
         attn_mask: Tensor | None = None,
         is_causal: bool = False,
         normed_pos: Tensor | None = None,
+        *mlp_args: Any,
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """One layer on the stream x + branch_scale * branch.
 
@@ -82,6 +83,7 @@ class MPVGBlock(Block):
             pos: (1, N - num_prefix_tokens, D), the PE this layer starts from; a layer that takes none hands it on.
             attn_mask, is_causal: as in timm's Attention.
             normed_pos: LN'(pos) where it is known already, in place of pos.
+            mlp_args: what the MLP takes besides the tokens.
 
         Returns:
             x, branch, branch_scale, pos for the next layer: pos is LN'(pos) where this layer has an LN'.
@@ -95,11 +97,11 @@ class MPVGBlock(Block):
             y, x = self.norm1(x, branch, branch_scale)
         branch = self.ls1(self.attn(y, attn_mask=attn_mask, is_causal=is_causal))
         y, x = self.norm2(x, branch, draw_drop_path(self.drop_path1, branch))
-        branch = self.ls2(self.mlp(y))
+        branch = self.ls2(self.mlp(y, *mlp_args))
         return x, branch, draw_drop_path(self.drop_path2, branch), pos
 
 
-class MPVGVisionTransformer(VisionTransformer):
+class MPVGVisionTransformer(ConvertsCheckpoints, VisionTransformer):
     """timm's VisionTransformer with a position scheme, on the fused norms.
 
     The norm comes before the pool, in one module, `norm`: its forward pools, its `tokens` does not.
@@ -238,7 +240,8 @@ class MPVGVisionTransformer(VisionTransformer):
             rows for prefix tokens, as its keyword pos or normed_pos, or nothing; the taken streams (B, N, D), in the
             order of layers.
         """
-        scheme, taken = self.scheme, []
+        scheme, taken, kept = self.scheme, [], []
+        mlp_args = self._mlp_args(image)
         x, pos_0, tables = self._embed(image)
         branch = branch_scale = None
         pos_last = pos_0 if scheme.last == 0 else None
@@ -247,9 +250,9 @@ class MPVGVisionTransformer(VisionTransformer):
         for i, block in enumerate(self.blocks):
             if i == stop:
                 break
-            args = x, branch, branch_scale, tables.get(i, pos), attn_mask, is_causal, normed.get(i)
+            args = x, branch, branch_scale, tables.get(i, pos), attn_mask, is_causal, normed.get(i), *mlp_args
             if self.grad_checkpointing:
-                x, pos_i = checkpoint(run_and_join, block, *args)
+                x, pos_i = run_checkpointed(block, *args)
                 branch = branch_scale = None
             else:
                 x, branch, branch_scale, pos_i = block(*args)
@@ -257,6 +260,7 @@ class MPVGVisionTransformer(VisionTransformer):
                 x = x if branch is None else join(x, branch, branch_scale)
                 branch = branch_scale = None
                 taken.append(x)
+            self._after_block(kept, x, branch, branch_scale)
             if scheme.hierarchical and scheme.join == "norm":
                 pos = pos_i
             if i == scheme.last and i:
@@ -266,7 +270,7 @@ class MPVGVisionTransformer(VisionTransformer):
             last_pos["normed_pos"] = normed_last
         elif pos_last is not None:
             last_pos["pos"] = pos_last if self.no_embed_class else pos_last[:, self.num_prefix_tokens :]
-        return x, branch, branch_scale, last_pos, taken
+        return *self._after_blocks(kept, x, branch, branch_scale), last_pos, taken
 
     def _normed_pos(self, pos_0: Tensor) -> tuple[dict[int, Tensor], Tensor | None]:
         """What is known of LN'(pos) before the first layer (`pos_tables`): by layer, and for the last norm."""
@@ -284,6 +288,21 @@ class MPVGVisionTransformer(VisionTransformer):
         if tables is None:
             return {}, None
         return dict(zip(layers, tables, strict=False)), tables[-1] if last else None
+
+    # What other architectures add to the layers; nothing here.
+
+    def _mlp_args(self, image: Tensor) -> tuple:
+        """What the blocks' MLPs take besides the tokens, for this image (B, C, H, W)."""
+        return ()
+
+    def _after_block(self, kept: list[Tensor], x: Tensor, branch: Tensor | None, branch_scale: Tensor | None) -> None:
+        """Append to `kept` what `_after_blocks` needs of the stream after a layer."""
+
+    def _after_blocks(
+        self, kept: list[Tensor], x: Tensor, branch: Tensor | None, branch_scale: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """x, branch, branch_scale for the last norm, from those of the last layer and what was kept of the layers."""
+        return x, branch, branch_scale
 
     def _norm_tokens(
         self, x: Tensor, last_pos: dict[str, Tensor], branch: Tensor | None = None, branch_scale: Tensor | None = None

@@ -6,9 +6,13 @@ remains only where the stream is wanted as such: at intermediates that are taken
 block, which would else keep two tensors for one.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
+import torch
 from timm.layers import LayerNorm, get_norm_layer
+from timm.models import checkpoint
 from torch import Tensor, nn
 
 from ..ops.common import join
@@ -24,6 +28,30 @@ def draw_drop_path(drop_path: nn.Module, branch: Tensor) -> Tensor | None:
     if keep_prob > 0.0 and drop_path.scale_by_keep:
         factor.div_(keep_prob)
     return factor.view(-1)
+
+
+def run_checkpointed(block: nn.Module, *args: Any) -> tuple[Tensor, Tensor | None]:
+    """A block under activation checkpointing, with its branch added at the end: (stream, pos).
+
+    The second run leaves the running statistics of BatchNorms alone: they have seen the batch.
+    """
+    batch_norms = [module for module in block.modules() if isinstance(module, nn.BatchNorm2d)]
+    if not batch_norms or torch.compiler.is_compiling():
+        return checkpoint(run_and_join, block, *args)
+    return checkpoint(run_and_join, block, *args, context_fn=lambda: (nullcontext(), _not_tracking(batch_norms)))
+
+
+@contextmanager
+def _not_tracking(batch_norms: list[nn.BatchNorm2d]) -> Iterator[None]:
+    # A momentum of 0 and not track_running_stats=False, under which autograd saves fewer tensors than in the first run.
+    before = [(norm.momentum, norm.num_batches_tracked) for norm in batch_norms]
+    for norm in batch_norms:
+        norm.momentum, norm.num_batches_tracked = 0.0, None
+    try:
+        yield
+    finally:
+        for norm, (momentum, count) in zip(batch_norms, before, strict=True):
+            norm.momentum, norm.num_batches_tracked = momentum, count
 
 
 def run_and_join(block: nn.Module, *args: Any) -> tuple[Tensor, Tensor | None]:

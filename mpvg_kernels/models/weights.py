@@ -3,19 +3,45 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from timm.layers import resample_abs_pos_embed
 from timm.models._input import get_pretrained_grid_size
 from torch import Tensor
 
-from .mpvg_vit import MPVGVisionTransformer
+if TYPE_CHECKING:
+    from .mpvg_vit import MPVGVisionTransformer
 
 __all__ = ["checkpoint_filter_fn", "load_weights"]
 
 _logger = logging.getLogger(__name__)
+
+
+class ConvertsCheckpoints:
+    """What `checkpoint_filter_fn` asks a model: names and parts that differ from architecture to architecture."""
+
+    class_token_parts: tuple[str, ...] = ()
+    """Names of submodules that only models with a class token have."""
+
+    published_names: tuple[tuple[str, str], ...] = ()
+    """Patterns of parameter names in the architecture's published code and what they become here, in this order."""
+
+    def own_name(self, name: str) -> str:
+        """This model's name for a parameter of the architecture's published code; other names as they are."""
+        for pattern, own in self.published_names:
+            name = re.sub(pattern, own, name)
+        return name
+
+    def fixed_table(self, table: Tensor) -> Tensor | None:
+        """What stands for a checkpoint's PE table where this architecture's is a formula; None: tables are learned."""
+        return None
+
+    def rename_checkpoint(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Another checkpoint's parameters, all but the PE tables, under this model's names and sizes."""
+        raise NotImplementedError
 
 
 def checkpoint_filter_fn(
@@ -29,7 +55,8 @@ def checkpoint_filter_fn(
     `load_weights` does.
 
     Args:
-        state_dict: parameters by name, or a checkpoint with them under "model" or "state_dict".
+        state_dict: parameters by name, or a checkpoint with them under "model", "state_dict" or
+            "state_dict_ema".
         model: where they are to be loaded.
         grid: the (rows, columns) of patches that the checkpoint's table was learned for. Left out, it is the table's
             shape if that is (1, H, W, D), or taken from timm's record of the checkpoint's image size, or the model's
@@ -38,23 +65,31 @@ def checkpoint_filter_fn(
     Raises:
         ValueError: the grid of the checkpoint's table is not known, or does not fit the table.
     """
-    state_dict = state_dict.get("model", state_dict)
-    state_dict = state_dict.get("state_dict", state_dict)
-    # (Microsoft's Swin calls its table absolute_pos_embed.)
-    named = {k.removeprefix("absolute_"): v for k, v in state_dict.items()}
-    tables = {k: v for k, v in named.items() if k == "pos_embed" or k.startswith("layer_pos_embed.")}
-    out = model.rename_checkpoint({k: v for k, v in named.items() if k not in tables})
+    for key in ("model", "state_dict", "state_dict_ema"):
+        state_dict = state_dict.get(key, state_dict)
+    state_dict = {model.own_name(name): value for name, value in state_dict.items()}
+    tables = {k: v for k, v in state_dict.items() if k == "pos_embed" or k.startswith("layer_pos_embed.")}
+    out = model.rename_checkpoint({k: v for k, v in state_dict.items() if k not in tables})
     done = ["found no PE table and left the model's own"] if "pos_embed" in out and "pos_embed" not in tables else []
 
     source_prefix = sum(out[k].shape[1] for k in ("cls_token", "reg_token") if k in out)
     drop_class_token = "cls_token" in out and getattr(model, "cls_token", None) is None
     if drop_class_token:
-        del out["cls_token"]
-        done.append("dropped the class token")
+        parts = ("cls_token", *model.class_token_parts)
+        out = {k: v for k, v in out.items() if k.split(".")[0] not in parts}
+        done.append(" and ".join(["dropped the class token", *model.class_token_parts]))
     patch_weight = state_dict.get("patch_embed.proj.weight")
+    if patch_weight is None:  # a stem, whose stride is the model's own
+        patch_weight = torch.empty(0, 0, *model.patch_embed.patch_size)
     shapes = {k: v.shape for k, v in model.named_parameters()}
     for name, table in tables.items():
         new_grid = tuple(model.patch_embed.grid_size)
+        fixed = model.fixed_table(table)
+        if fixed is not None:
+            out[name] = fixed
+            if fixed.shape != table.shape:
+                done.append(f"recomputed {name} for {new_grid[0]}x{new_grid[1]}")
+            continue
         as_map = len(shapes.get(name, ())) == 4  # (1, H, W, D) says its grid
         if as_map:
             new_grid = tuple(shapes[name][1:3])
