@@ -26,6 +26,7 @@ const T* pool_addend(const Inputs& in, Scratch<T>& scratch, ParallelFor parallel
   T* mean = scratch.take();
   T* phat_sums = scratch.take(blocks);
   const Stream<T> stream = pos_stream<T>(in.pos, D);
+  const auto add = choose_add_normalised<T>(in.pos.dtype);
   run_parallel(parallel_for, blocks, kPosRows * Dp, [&](int64_t begin, int64_t end) {
     Scratch<T> local(kTogether, Dp);
     T* buffer = local.take(kTogether);
@@ -37,7 +38,7 @@ const T* pool_addend(const Inputs& in, Scratch<T>& scratch, ParallelFor parallel
         RowMoments<T, R> m;
         const T one[R] = {};
         const Rows p = stream.get(at, together, false, one, T(in.pos_eps), buffer, m);
-        add_normalised<T, R>(sum, p, m, Dp);
+        add.with(together)(sum, p, m, D);
       });
     }
   });
@@ -63,12 +64,13 @@ void pe_norm_pool_fwd(const Inputs& in, const PENormPoolOutputs& out, ParallelFo
   const auto finish = [&](int64_t b, T* sum) {
     const Vec<T> share(T(1) / T(N - k));
     over_padded<T>(Dp, [&](int64_t i) { store(sum + i, load<T>(sum + i) * share); });  // s = sum / (N - k)
-    if (out.s) write_row(out.s, b, sum, D);
+    if (out.s) write_row(out.s, 0, b, sum, D);
     over_padded<T>(Dp, [&](int64_t i) { store(sum + i, fma(load<T>(w + i), load<T>(sum + i), load<T>(addend + i))); });
-    write_row(out.out, b, sum, D);  // out = w * s + addend
+    write_row(out.out, 0, b, sum, D);  // out = w * s + addend
   };
 
   const Stream<T> stream(in, out.h);
+  const auto add = choose_add_normalised<T>(stream.dtype);
   T* const mean = static_cast<T*>(out.stats.data);
   T* const rstd = mean ? mean + B * N : nullptr;
   const bool streaming = Streaming(in.shape).reads(in.x).reads(in.branch).writes(out.h).pays(kPoolStreamBytes);
@@ -87,7 +89,7 @@ void pe_norm_pool_fwd(const Inputs& in, const PENormPoolOutputs& out, ParallelFo
           constexpr int R = together.rows;
           RowMoments<T, R> m;
           const Rows h = stream.get(at, together, streaming, s, T(in.eps), buffer, m);
-          if (at.n >= k) add_normalised<T, R>(block_sum, h, m, Dp);
+          if (at.n >= k) add.with(together)(block_sum, h, m, D);
           if (mean) save_moments(m, at, N, mean, rstd);
         };
         visit<T>(b, b + 1, n, min(n1, n + kPoolRows), k, D, step, [] {});
@@ -112,13 +114,12 @@ void pool_input_gradients(const Saved& in, View dout_BD, const T* w, const Gradi
   const T* const mean = static_cast<const T*>(in.stats.data);
   const T* const rstd = mean + B * N;
   const auto find = choose_grad_means<T>(arithmetic_dtype<T>, in.h.dtype);
-  const InputGradients<T, Also::nothing> dx(grad.x.dtype, Dtype::absent);
-  const InputGradients<T, Also::scale> df(grad.branch.dtype, Dtype::absent);
-  const bool h_in_place = in_place<T>(in.h, D);
-  const bool streaming = Streaming(in.shape).reads(in.h).writes(grad.x).writes(grad.branch).pays();
+  const InputGradients<T, false> gradients(arithmetic_dtype<T>, in.h.dtype, grad.branch.dtype, false);
+  const bool dx_direct = grad.x.dtype == in.h.dtype;  // see pe_layer_norm_bwd
+  const bool streaming = dx_direct && Streaming(in.shape).reads(in.h).writes(grad.x).writes(grad.branch).pays();
   run_parallel(parallel_for, B * pieces, kPoolRows * Dp, [&](int64_t begin, int64_t end) {
     Scratch<T> local(kTogether + 1, Dp);
-    T *buffer = local.take(kTogether), *dout = local.take();
+    T *dx_buffer = local.take(kTogether), *dout = local.take();
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t b = unit / pieces, n0 = unit % pieces * kPoolRows, n1 = min(N, n0 + kPoolRows);
       T s[kTogether];
@@ -133,12 +134,13 @@ void pool_input_gradients(const Saved& in, View dout_BD, const T* w, const Gradi
       const Rows dy{dout};
       const auto step = [&](Group at, auto together) MPVG_LAMBDA {
         constexpr int R = together.rows;
-        const Rows h_rows = at.of(in.h), h = h_in_place ? h_rows : Rows{buffer, Dp * int64_t(sizeof(T))};
+        const Rows h = at.of(in.h), dx = dx_direct ? at.of(grad.x) : Rows{dx_buffer, Dp * int64_t(sizeof(T))};
         RowMoments<T, R> m = saved_moments<T, R>(at, N, mean, rstd);
         GradRow<pack<T, R>> g;
-        find.with(together)(dy, nullptr, h_rows, h_in_place ? nullptr : buffer, w, m, g, D, T(1) / T(D));
-        if (grad.x) dx(together, at.of(grad.x), streaming, {}, dy, w, h, m, g, nullptr, nullptr, {}, D);
-        if (grad.branch) df(together, at.of(grad.branch), streaming, {}, dy, w, h, m, g, s, nullptr, {}, D);
+        find.with(together)(dy, h, w, m, g, D, T(1) / T(D));
+        gradients(together, dx, at.of(grad.branch), streaming, {}, dy, w, h, m, g, s, nullptr, {}, D);
+        if (!grad.x || dx_direct) return;
+        for (int r = 0; r < R; ++r) write_row(grad.x, at.sample(r), at.token(r), dx_buffer + r * Dp, D);
       };
       visit<T>(b, b + 1, max(n0, k), n1, 0, D, step, [] {});
     }
@@ -169,9 +171,9 @@ void pe_norm_pool_bwd(const Saved& in, View dout_BD, View s_BD, const Gradients&
     }
   }
   for (int64_t i = 0; i < Dp; ++i) db[i] = T(sum_db[i]), dw[i] = T(sum_dw[i]);
-  if (grad.weight) write_row(grad.weight, 0, dw, D);
-  if (grad.bias) write_row(grad.bias, 0, db, D);
-  if (grad.pos_bias) write_row(grad.pos_bias, 0, db, D);
+  if (grad.weight) write_row(grad.weight, 0, 0, dw, D);
+  if (grad.bias) write_row(grad.bias, 0, 0, db, D);
+  if (grad.pos_bias) write_row(grad.pos_bias, 0, 0, db, D);
   if (!grad.pos && !grad.pos_weight) return;
 
   T* dp = db;

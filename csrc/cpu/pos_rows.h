@@ -30,6 +30,7 @@ void pos_forward(const Inputs& in, const View& pos_out, const T* b, T* table, Sc
   T* both = scratch.take();
   over_padded<T>(Dp, [&](int64_t i) { store(both + i, load<T>(b + i) + load<T>(bp + i)); });
   const Stream<T> stream = pos_stream<T>(in.pos, D);
+  const auto to_table = choose_affine<T>(arithmetic_dtype<T>, in.pos.dtype), to_out = choose_affine<T>(pos_out.dtype, in.pos.dtype);
   run_parallel(parallel_for, ceil_div(P, kPosRows), kPosRows * Dp, [&](int64_t begin, int64_t end) {
     Scratch<T> local(kTogether, Dp);
     T* buffer = local.take(kTogether);
@@ -38,10 +39,8 @@ void pos_forward(const Inputs& in, const View& pos_out, const T* b, T* table, Sc
       RowMoments<T, R> m;
       const T one[R] = {};
       const Rows p = stream.get(at, together, false, one, T(in.pos_eps), buffer, m);
-      affine_rows<T, T, R>(at.of(table, 0, Dp), false, p, m, wp, both, Dp);
-      with_dtype<T>(pos_out.dtype, [&](auto e) {
-        affine_rows<T, typename decltype(e)::type, R>(at.of(pos_out), false, p, m, wp, bp, D);
-      });
+      to_table.with(together)(at.of(table, 0, Dp), false, p, m, wp, both, D);
+      to_out.with(together)(at.of(pos_out), false, p, m, wp, bp, D);
     });
   });
 }
@@ -53,7 +52,9 @@ void pos_backward(const Saved& in, const View& dpos, const T* wp, int64_t n0, in
                   T* dbp) {
   const int64_t D = in.shape.D;
   const Stream<T> stream = pos_stream<T>(in.pos, D);
-  const InputGradients<T, Also::sums> write_dpos(dpos.dtype, Dtype::absent);
+  const auto find = choose_grad_means<T>(arithmetic_dtype<T>, in.pos.dtype);
+  const auto accumulate = choose_accumulate<T>(arithmetic_dtype<T>, in.pos.dtype);
+  const InputGradients<T, true> write_dpos(arithmetic_dtype<T>, in.pos.dtype, Dtype::absent, false);
   visit_tokens<T>(n0, n1, D, [&](Group at, auto together) {
     constexpr int R = together.rows;
     RowMoments<T, R> m;
@@ -61,9 +62,12 @@ void pos_backward(const Saved& in, const View& dpos, const T* wp, int64_t n0, in
     const T one[R] = {};
     const Rows p = stream.get(at, together, false, one, T(in.pos_eps), buffer, m);
     const Rows dp{const_cast<char*>(reinterpret_cast<const char*>(dp_out)) + (at.n - n0) * dp_step, dp_step};
-    if (!dpos) return accumulate<T, R>(dp, p, m, dwp, {dbp}, padded<T>(D));
-    find_grad_means<T, T, T, R, false>(dp, nullptr, p, nullptr, wp, m, k, padded<T>(D), T(1) / T(D));
-    write_dpos(together, at.of(dpos), false, {}, dp, wp, p, m, k, nullptr, dwp, {dbp}, D);
+    if (!dpos) {
+      for (int r = 0; r < R; ++r) accumulate(dp[r], p[r], m.of(r), dwp, dbp, D);
+      return;
+    }
+    find.with(together)(dp, p, wp, m, k, D, T(1) / T(D));
+    write_dpos(together, at.of(dpos), {}, false, {}, dp, wp, p, m, k, one, dwp, {dbp}, D);
   });
 }
 
