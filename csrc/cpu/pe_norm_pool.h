@@ -106,6 +106,49 @@ void pe_norm_pool_fwd(const Inputs& in, const PENormPoolOutputs& out, ParallelFo
   }
 }
 
+// dv = rstd * (g - mean(g) - vhat * mean(g * vhat)) of R rows of a sample, which share g and sum(g);  df = s * dv, unless DF is None.
+template <class T, class V, class DF, int R>
+void pool_gradients(Rows dv_rows, Rows df_rows, bool streaming, const T* g, T sum_g, Rows v_rows, RowMoments<T, R> m, T scale, int64_t D) {
+  constexpr bool has_df = !__is_same(DF, None);
+  using DF_ = typename Promote<DF, None>::type;
+  by_centre(m, [&](auto centring) MPVG_LAMBDA {
+    constexpr bool Centre = centring.value;
+    const auto dv = each<R, V>(dv_rows);
+    const auto df = each<R, DF_>(df_rows);
+    const auto v = each<R, const V>(v_rows);
+    const auto m1 = m.m1, rstd = m.rstd;
+    const T inv_D = T(1) / T(D);
+    Sum<T> s_c[R], s_gc[R];
+    over<T, R, false>(D, [&](int64_t i, auto size, int r) MPVG_LAMBDA {
+      const Vec<T> c = centre<Centre>(load<T>(v[r] + i, size, at(m1, r)), at(m1, r));  // ends are padded so that c is 0
+      if constexpr (Centre) s_c[r].add(c);      // sum(c)
+      s_gc[r].add_product(load<T>(g + i), c);  // sum(g * c)
+    });
+    if constexpr (Centre) m.m2 = m1 == T(0) ? m.m2 : totals<T, R>(s_c) * inv_D;
+    const GradRow<pack<T, R>> grad = grad_row<pack<T, R>>(m, grad_means<pack<T, R>>(m, pack<T, R>{} + sum_g, totals<T, R>(s_gc), inv_D));
+    const auto q = grad.q, k = grad.k;
+    over_whole<T, R>(D, [&](int64_t i, auto size) MPVG_LAMBDA {
+      const Vec<T> g_i = load<T>(g + i);
+      each_row<R>([&](int r) MPVG_LAMBDA {
+        const Vec<T> c = centre<Centre>(load<T>(v[r] + i, size), at(m1, r));
+        const Vec<T> d = Vec<T>(at(rstd, r)) * fma(c, Vec<T>(at(k, r)), g_i - Vec<T>(at(q, r)));
+        put(dv[r] + i, d, size, streaming);
+        if constexpr (has_df) put(df[r] + i, Vec<T>(scale) * d, size, streaming);
+      });
+    });
+  });
+}
+template <class T>
+auto choose_pool_gradients(Dtype v, Dtype df) {
+  return with_dtype<T>(v, [&](auto v) {
+    return with_optional_dtype<T>(df, [&](auto f) {
+      using V = typename decltype(v)::type;
+      using DF = typename BranchOf<T, V, typename decltype(f)::type>::type;
+      return ByRows{&pool_gradients<T, V, DF, 1>, &pool_gradients<T, V, DF, kTogether>, &pool_gradients<T, V, DF, kTogether>};
+    });
+  });
+}
+
 // g[b] = dout[b] * w / (N - k);  dh[b, n] = LN backward of g[b], 0 in the prefix.
 template <class T>
 void pool_input_gradients(const Saved& in, View dout_BD, const T* w, const Gradients& grad, ParallelFor parallel_for) {
@@ -113,32 +156,31 @@ void pool_input_gradients(const Saved& in, View dout_BD, const T* w, const Gradi
   const int64_t Dp = padded<T>(D), pieces = ceil_div(N, kPoolRows);
   const T* const mean = static_cast<const T*>(in.stats.data);
   const T* const rstd = mean + B * N;
-  const auto find = choose_grad_means<T>(arithmetic_dtype<T>, in.h.dtype);
-  const InputGradients<T, false> gradients(arithmetic_dtype<T>, in.h.dtype, grad.branch.dtype, false);
+  const auto gradients = choose_pool_gradients<T>(in.h.dtype, grad.branch.dtype);
   const bool dx_direct = grad.x.dtype == in.h.dtype;  // see pe_layer_norm_bwd
   const bool streaming = dx_direct && Streaming(in.shape).reads(in.h).writes(grad.x).writes(grad.branch).pays();
   run_parallel(parallel_for, B * pieces, kPoolRows * Dp, [&](int64_t begin, int64_t end) {
     Scratch<T> local(kTogether + 1, Dp);
-    T *dx_buffer = local.take(kTogether), *dout = local.take();
+    T *dx_buffer = local.take(kTogether), *g = local.take();
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t b = unit / pieces, n0 = unit % pieces * kPoolRows, n1 = min(N, n0 + kPoolRows);
-      T s[kTogether];
-      for (T& s_r : s) s_r = scale_of<T>(in.scale, b);
-      zero_rows(dout, 1, Dp);
-      read_row(dout, dout_BD, b, D);
-      over_padded<T>(Dp, [&](int64_t i) { store(dout + i, load<T>(dout + i) * Vec<T>(T(1) / T(N - k))); });
+      const T s = scale_of<T>(in.scale, b);
+      zero_rows(g, 1, Dp);
+      read_row(g, dout_BD, b, D);
+      Sum<T> sum_g;
+      over_padded<T>(Dp, [&](int64_t i) {
+        const Vec<T> g_i = load<T>(g + i) * Vec<T>(T(1) / T(N - k)) * load<T>(w + i);
+        sum_g.add(g_i);
+        store(g + i, g_i);
+      });
       for (int64_t n = n0; n < min(n1, k); ++n) {
         if (grad.x) __builtin_memset(grad.x.at(b, n), 0, D * bytes(grad.x.dtype));
         if (grad.branch) __builtin_memset(grad.branch.at(b, n), 0, D * bytes(grad.branch.dtype));
       }
-      const Rows dy{dout};
       const auto step = [&](Group at, auto together) MPVG_LAMBDA {
         constexpr int R = together.rows;
-        const Rows h = at.of(in.h), dx = dx_direct ? at.of(grad.x) : Rows{dx_buffer, Dp * int64_t(sizeof(T))};
-        RowMoments<T, R> m = saved_moments<T, R>(at, N, mean, rstd);
-        GradRow<pack<T, R>> g;
-        find.with(together)(dy, h, w, m, g, D, T(1) / T(D));
-        gradients(together, dx, at.of(grad.branch), streaming, {}, dy, w, h, m, g, s, nullptr, {}, D);
+        const Rows dx = dx_direct ? at.of(grad.x) : Rows{dx_buffer, Dp * int64_t(sizeof(T))};
+        gradients.with(together)(dx, at.of(grad.branch), streaming, g, sum_g.total(), at.of(in.h), saved_moments<T, R>(at, N, mean, rstd), s, D);
         if (!grad.x || dx_direct) return;
         for (int r = 0; r < R; ++r) write_row(grad.x, at.sample(r), at.token(r), dx_buffer + r * Dp, D);
       };

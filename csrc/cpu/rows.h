@@ -101,6 +101,25 @@ struct Promote<None, None> {
   using type = float;
 };
 
+// The dtype of a branch's gradient where the stream is a V: F, which may be None. A stream in a 16-bit format has its branch's dtype; no
+// code is made for what does not occur.
+template <class T, class V, class F>
+struct BranchOf {
+  using type = V;
+};
+template <class T, class F>
+struct BranchOf<T, T, F> {
+  using type = F;
+};
+template <class T, class V>
+struct BranchOf<T, V, None> {
+  using type = None;
+};
+template <class T>
+struct BranchOf<T, T, None> {
+  using type = None;
+};
+
 template <class T>
 constexpr Dtype arithmetic_dtype = sizeof(T) == 8 ? Dtype::f64 : Dtype::f32;
 
@@ -529,13 +548,11 @@ struct InputGradients {
         with_optional_dtype<T>(df, [&](auto f) {
           using G = typename decltype(g)::type;
           using V = typename decltype(v)::type;
-          using DF = typename decltype(f)::type;
-          if constexpr (__is_same(V, T) || __is_same(V, DF) || __is_same(DF, None)) {  // else v would be a T: see Promote
-            if (has_dh) {
-              one = &input_gradients<T, G, V, DF, true, Sums, 1>, group = &input_gradients<T, G, V, DF, true, Sums, kTogether>;
-            } else {
-              one = &input_gradients<T, G, V, DF, false, Sums, 1>, group = &input_gradients<T, G, V, DF, false, Sums, kTogether>;
-            }
+          using DF = typename BranchOf<T, V, typename decltype(f)::type>::type;
+          if (has_dh) {
+            one = &input_gradients<T, G, V, DF, true, Sums, 1>, group = &input_gradients<T, G, V, DF, true, Sums, kTogether>;
+          } else {
+            one = &input_gradients<T, G, V, DF, false, Sums, 1>, group = &input_gradients<T, G, V, DF, false, Sums, kTogether>;
           }
         });
       });
