@@ -122,17 +122,17 @@ void pe_layer_norm_bwd(const Saved& in, View dy_BND, View dh_BND, View dpos_out,
       zero_rows(sum_samples, 1, Dp);
       const auto step = [&](Group at, auto together) MPVG_LAMBDA {
         constexpr int R = together.rows;
-        const Rows dy = at.of(dy_BND), h = at.of(in.h), sum_rows = by_token ? at.of(sum, u.n0, Dp) : Rows{sum_samples};
+        const Rows dy = at.of(dy_BND), h = at.of(in.h), dh = at.of(dh_BND), sum_rows = by_token ? at.of(sum, u.n0, Dp) : Rows{sum_samples};
         RowMoments<T, R> m = saved_moments<T, R>(at, N, mean, rstd);
         GradRow<pack<T, R>> k;
-        find.with(together)(dy, h, w, m, k, D, inv_D);
+        find.with(together)(dy, h, dh, w, m, k, D, inv_D);
         if (!grad.x && !grad.branch) {
           for (int r = 0; r < R; ++r) accumulate(dy[r], h[r], m.of(r), dw_samples, static_cast<T*>(sum_rows[r]), D);
           return;
         }
         T s[R];
         for (int r = 0; r < R; ++r) s[r] = scale_of<T>(in.scale, at.sample(r));
-        const Rows dx = dx_direct ? at.of(grad.x) : Rows{dx_buffer, row_bytes}, df = at.of(grad.branch), dh = at.of(dh_BND);
+        const Rows dx = dx_direct ? at.of(grad.x) : Rows{dx_buffer, row_bytes}, df = at.of(grad.branch);
         if (dw || sum) {
           gradients_and_sums(together, dx, df, streaming, dh, dy, w, h, m, k, s, dw_samples, sum_rows, D);
         } else {

@@ -66,7 +66,7 @@ void pos_backward(const Saved& in, const View& dpos, const T* wp, int64_t n0, in
       for (int r = 0; r < R; ++r) accumulate(dp[r], p[r], m.of(r), dwp, dbp, D);
       return;
     }
-    find.with(together)(dp, p, wp, m, k, D, T(1) / T(D));
+    find.with(together)(dp, p, {}, wp, m, k, D, T(1) / T(D));
     write_dpos(together, at.of(dpos), {}, false, {}, dp, wp, p, m, k, one, dwp, {dbp}, D);
   });
 }

@@ -249,6 +249,12 @@ MPVG_INLINE void put(E* p, Vec<T> v, Part part, bool) {
   store(p, v, part);
 }
 
+// Asks for n elements from p on to be brought into L2.
+template <int64_t n, class E>
+MPVG_INLINE void prefetch(const E* p) {
+  for (int64_t i = 0; i < n; i += 64 / sizeof(E)) __builtin_prefetch(p + i, 0, 2);
+}
+
 // v rounded to the 16-bit format E
 template <class E>
 MPVG_INLINE Vec<float> rounded(Vec<float> v) {
