@@ -101,7 +101,7 @@ void pe_layer_norm_bwd(const Saved& in, View dy_BND, View dh_BND, View dpos_out,
   const auto accumulate = choose_accumulate<T>(dy_BND.dtype, in.h.dtype);
   const InputGradients<T, false> gradients(dy_BND.dtype, in.h.dtype, grad.branch.dtype, bool(dh_BND));
   const InputGradients<T, true> gradients_and_sums(dy_BND.dtype, in.h.dtype, grad.branch.dtype, bool(dh_BND));
-  // dx has h's dtype, but for x of a lower one (or one without a gradient): then it goes through a buffer.
+  // dx is written in h's dtype. Where x has a lower one, or wants no gradient, it goes to a buffer first.
   const bool dx_direct = grad.x.dtype == in.h.dtype;
   const bool streaming =
       dx_direct && Streaming(in.shape).reads(dy_BND).reads(dh_BND).reads(in.h).writes(grad.x).writes(grad.branch).pays();

@@ -1,9 +1,10 @@
-// What both operators do with rows: the first pass over a row, which brings it into L1 as T, and the loops that follow there.
+// What both operators do with rows: a first pass over a row, which finds its moments and brings it into L1, and a last one, which reads it
+// there again and writes the results.
 //
-// T is the dtype of the arithmetic: float, or double when everything is double. A row that is stored as T in a width that is a multiple
-// of Vec<T>::lanes is used where it lies. All others (16-bit formats, residual sums, ragged widths) go into a buffer of a few rows, which
-// stays in L1. So only first and last loads and stores know dtypes and ragged ends: buffered rows are padded to Dp, D rounded up to
-// lanes, with values that add nothing to any sum.
+// T is the dtype of the arithmetic: float, or double when everything is double. Both passes read rows where they lie, in their own dtype:
+// to widen 16-bit formats twice costs less than to store a copy as T in between. Only joined rows that stay nowhere else (h is not wanted,
+// or streamed past the caches) go into a buffer of a few rows. Sums and tables, which the kernels make themselves, are T and padded to
+// Dp, D rounded up to a multiple of Vec<T>::lanes; what lies in the pad is never written out.
 #pragma once
 
 namespace mpvg::MPVG_ISA {

@@ -175,6 +175,14 @@ struct Part {
 
 template <class T, class E>
 MPVG_INLINE Vec<T> load(const E* p, Whole = {}) {
+#if MPVG_VECTOR_BYTES == 64
+  if constexpr (__is_same(E, bf16)) {  // a permutation into the upper halves: one instruction a register, where widen() takes two
+    const reg<uint32_t> place = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    const auto bits = (__m512i)load_reg<uint16_t, MPVG_VECTOR_BYTES>(p);
+    return {(reg<float>)_mm512_maskz_permutexvar_epi16(0xaaaaaaaa, (__m512i)(place << 16), bits),
+            (reg<float>)_mm512_maskz_permutexvar_epi16(0xaaaaaaaa, (__m512i)((place + 16) << 16), bits)};
+  }
+#endif
   return {load_half(p), load_half(p + Vec<T>::half)};
 }
 template <class T, class E>
