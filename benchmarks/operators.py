@@ -7,8 +7,8 @@ do the same work as the plain formula below, and its outputs and gradients are c
 it is timed.
 
 Shapes: x, f (the branch), y, h and their gradients (B, N, D); pos, pos' (N, D); weight, bias, pos_weight, pos_bias
-(D,); the branch's scale (B,); pooled (B, D). pe_chain has B layers: x is its pos (N, D), weight and bias are (B, D), and
-its outputs are B tables (N, D), as layers take them.
+(D,); the branch's scale (B,); pooled (B, D). pe_chain has B layers: x is its pos (N, D), weight and bias are (B, D),
+and its outputs are B tables (N, D), as layers take them.
 """
 
 import argparse
@@ -325,6 +325,7 @@ def _ours_chain(x, branch, scale, weight, bias, pos, pos_weight, pos_bias, out_d
 
 
 PLAIN = {"pe_layer_norm": pe_layer_norm, "pe_norm_pool": pe_norm_pool, "pe_chain": pe_chain}
+TOKEN_OPERATORS = ("pe_layer_norm", "pe_norm_pool")  # those that INPUTS is about
 OURS = {"pe_layer_norm": _ours_layer_norm, "pe_norm_pool": _ours_norm_pool, "pe_chain": _ours_chain}
 
 

@@ -135,7 +135,7 @@ def prediction_rows(gpu: Gpu = H100) -> list[dict[str, Any]]:
     Not of pe_chain, whose few megabytes take less time than its layers' latency.
     """
     rows = []
-    for op in ("pe_layer_norm", "pe_norm_pool"):
+    for op in operators.TOKEN_OPERATORS:
         for direction, of_a_copy in OF_A_COPY.items():
             for inputs in ("x", "x+f"):
                 for size in PREDICTED_SIZES:

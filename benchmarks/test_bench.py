@@ -19,7 +19,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SETTINGS = operators.Settings(device=DEVICE)
 CASES = [
     operators.Case(op, mode, inputs, *size, dtype)
-    for op in ("pe_layer_norm", "pe_norm_pool")
+    for op in operators.TOKEN_OPERATORS
     for mode in operators.DEFAULT_MODES
     for inputs in operators.DEFAULT_INPUTS
     for dtype in operators.DEFAULT_DTYPES

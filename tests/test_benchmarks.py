@@ -17,6 +17,7 @@ sys.path.insert(0, str(BENCHMARKS))
 import bench_dual_ln  # noqa: E402
 import bench_norm_pool  # noqa: E402
 import bench_overhead  # noqa: E402
+import bench_pe_chain  # noqa: E402
 import bench_train  # noqa: E402
 import harness  # noqa: E402
 import operators  # noqa: E402
@@ -64,6 +65,9 @@ GRADS_FP32 = [96, 16, 16, 48, 16, 16]
         ("pe_norm_pool", "fwd", "x+f", "fp32", (48 + 28) * 4, [32]),
         # then dout, h, w, pos, pos_weight
         ("pe_norm_pool", "fwd_bwd", "x+f", "fp32", (76 + 8 + 24 + 20) * 4, [32, 96] + GRADS_FP32),
+        # two layers: pos and their vectors -> a table each; then their gradients, and the inputs again
+        ("pe_chain", "fwd", "x", "fp32", (12 + 4 * 4) * 4, [48, 48]),
+        ("pe_chain", "fwd_bwd", "x", "bf16", (28 + 24 + 28) * 2, [24, 24, 24, 16, 16]),
     ],
 )
 def test_byte_model(op, mode, inputs, dtype, read, written):
@@ -73,7 +77,7 @@ def test_byte_model(op, mode, inputs, dtype, read, written):
 
 
 @pytest.mark.parametrize("mode", operators.MODES)
-@pytest.mark.parametrize("op", operators.PLAIN)
+@pytest.mark.parametrize("op", operators.TOKEN_OPERATORS)
 def test_roof_copies_the_bytes_of_the_model(op, mode):
     case = Case(op, mode, "x+f", 8, 64, 128, "fp32")
     traffic = operators.traffic(case)
@@ -132,6 +136,7 @@ def test_rounds_turn_around_and_warm_up():
         (bench_dual_ln, [*SMALL, "--inputs", "x+f", "--cold"], {"gbps"}),
         (bench_norm_pool, [*SMALL, "--modes", "bwd", "--dtypes", "fp32"], {"gbps"}),
         (bench_norm_pool, [*SMALL, "--inputs", "x", "x+s*f", "--dtypes", "bf16", "fp16", "mixed"], {"gbps"}),
+        (bench_pe_chain, [*SMALL, "--dtypes", "fp32", "bf16"], {"gbps"}),
         (bench_overhead, ["--inputs", "x+f"], {"speedup_eager"}),
         (
             bench_train,
@@ -242,7 +247,7 @@ def test_bad_options(options, message, capsys):
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("op", operators.PLAIN)
+@pytest.mark.parametrize("op", operators.TOKEN_OPERATORS)
 def test_forward_and_backward_add_up(op):
     def case(mode):
         return operators.traffic(Case(op, mode, "x+f", 2, 3, 4, "bf16"))
@@ -314,7 +319,7 @@ def _made_up_peer(add_norm: bool):
 
 
 @pytest.mark.parametrize("add_norm", (False, True))
-@pytest.mark.parametrize("op", operators.PLAIN)
+@pytest.mark.parametrize("op", operators.TOKEN_OPERATORS)
 @pytest.mark.parametrize("inputs", operators.INPUTS)
 def test_peers_do_the_same_work(op, inputs, add_norm, monkeypatch):
     peer, calls = _made_up_peer(add_norm)
@@ -344,7 +349,7 @@ def test_a_peer_that_is_not_there_says_so(name, monkeypatch):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU is visible")
 @pytest.mark.parametrize("name", peers.PEERS)
-@pytest.mark.parametrize("op", operators.PLAIN)
+@pytest.mark.parametrize("op", operators.TOKEN_OPERATORS)
 def test_installed_peers_are_right(name, op):
     if name not in peers.installed():
         pytest.skip(f"{peers.PEERS[name][0]} is not installed")

@@ -68,6 +68,24 @@ def test_branch_may_be_absent(cls, backend, device, tensors):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("cls", (mk.FusedPELayerNorm, mk.FusedAddPELayerNorm, mk.FusedPELayerNormPool))
+def test_normed_pos_stands_for_pos(cls, backend, device, tensors):
+    """With LN'(pos) given, the results are the same, and the module's own LN' goes unread."""
+    module = randomised(cls, device)
+    x, branch, pos, _ = tensors
+    known = nn.functional.layer_norm(pos, (DIM,), module.pos_weight, module.pos_bias, module.eps)
+    want = module(x, pos) if cls is mk.FusedPELayerNorm else call(module, x, branch, pos, None)
+    nn.init.constant_(module.pos_weight, float("nan"))
+    if cls is mk.FusedPELayerNormPool:
+        got = (module(x, None, branch, normed_pos=known), module.tokens(x, None, branch, normed_pos=known))
+    else:
+        got = module(*((x,) if cls is mk.FusedPELayerNorm else (x, branch)), normed_pos=known)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b)
+    with pytest.raises(ValueError, match="normed_pos is given with pos"):
+        module(x, pos=pos, normed_pos=known, **({"branch": branch} if cls is mk.FusedAddPELayerNorm else {}))
+
+
 def test_parameters_and_state_dict():
     pe = {"weight", "bias", "pos_weight", "pos_bias"}
     for cls in MODULES:

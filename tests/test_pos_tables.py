@@ -185,6 +185,7 @@ def test_copies_start_empty_and_go_their_own_way(clone):
         copied = clone(model)
         assert kept(copied) is None and torch.equal(copied(x), want)
         copied.pos_embed.data.add_(torch.randn(24))
+        torch.testing.assert_close(copied(x), own(copied, x), rtol=1e-5, atol=1e-5)
         assert torch.equal(model(x), want) and not torch.allclose(copied(x), want)
     size = [0, 0]
     for i, m in enumerate((model, build())):
@@ -256,7 +257,8 @@ def test_functional_call_and_transforms():
         before = model(x)
         got = torch.func.functional_call(model, others, (x,))
         model.load_state_dict(others)
-        assert torch.equal(got, model(x)) and not torch.allclose(got, before)
+        torch.testing.assert_close(got, own(model, x), rtol=1e-5, atol=1e-5)
+        assert not torch.allclose(got, before)
 
     def loss(parameters):
         return torch.func.functional_call(model, parameters, (x,)).sum()

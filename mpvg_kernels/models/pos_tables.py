@@ -3,7 +3,8 @@
 No LN'_l(pos) depends on the image. `PosTables` gives them all before the first layer, for the fused norms to take as
 `normed_pos`; where it gives None, each norm computes its own, as it does without. Which is the faster one:
 
-    with gradients      None. (Measured on a CPU, benchmarks/results/README.md: nothing to gain by the chain.)
+    with gradients      None: what the one launch saves, taking it apart and together again costs (a training step of
+                        DeiT-Ti took 0.99 to 1.02 times as long on a CPU)
     eval on a CPU       the tables of the last call, if all that they were computed from is equal to a copy kept of it
     eval elsewhere      computed anew by the one launch: a comparison would make the host wait for the device
     torch.export        constants of the exported program, for a model in eval mode
