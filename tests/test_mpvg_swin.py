@@ -250,7 +250,7 @@ def test_backends_train_alike(backend, device):
         torch.manual_seed(3)
         model = build(drop_path_rate=0.4).to(device)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        image, target, out = images(4, device=device), torch.arange(4, device=device), []
+        image, target, out = images(2, device=device), torch.arange(2, device=device), []
         with mk.use_backend(backend):
             for _ in range(2):
                 loss = F.cross_entropy(model(image), target)
@@ -356,7 +356,7 @@ def test_forward_intermediates_are_timms(arguments):
 # ---- forward, forward_features, forward_head
 
 
-@pytest.mark.parametrize("scheme", ["gap", "mpvg", "mpvg(last=2)"])
+@pytest.mark.parametrize("scheme", ["gap", "mpvg(last=2)"])
 def test_forward_is_head_of_features(scheme, backend, device):
     model = randomise(build(scheme)).to(device).eval()
     image = images(device=device)
