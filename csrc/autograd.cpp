@@ -58,6 +58,9 @@ struct Call {
   ScalarType out_dtype;
   std::string_view backend;
 
+  // normed_pos, which is the pos' of its call; else undefined, where there is no pos_weight.
+  Tensor given_pos() const { return pos.value_or(Tensor()); }
+
   // The raw operator's results, computed below autograd and without the GIL.
   template <size_t kOutputs>
   std::array<Tensor, kOutputs> forward(const c10::OperatorHandle& op, bool save) const {
@@ -68,7 +71,16 @@ struct Call {
   }
 };
 
-// The arguments in the order of ops.common.FORWARD_ARGS, with normed_pos after the tensors and the backend for `save`; false where one is
+// The backend of calls on this type of device by backends.eager; none where Python has to find out, or where it is the plain formula.
+std::string_view find_backend(PyObject* eager, c10::DeviceType device) {
+  const char* name = device == at::kCPU ? "cpu" : device == at::kCUDA ? "cuda" : nullptr;
+  PyObject* found = name && PyDict_CheckExact(eager) ? PyDict_GetItemString(eager, name) : nullptr;
+  if (!found || !PyUnicode_CheckExact(found)) return {};
+  const std::string_view backend = PyUnicode_AsUTF8(found);
+  return backend == "reference" ? std::string_view() : backend;
+}
+
+// The arguments in the order of ops.common.FORWARD_ARGS, with normed_pos after the tensors and backends.eager for `save`; false where one is
 // not of the ordinary type.
 bool parse(PyObject* const* args, Py_ssize_t count, Call& c) {
   if (count != 14) return false;
@@ -81,8 +93,7 @@ bool parse(PyObject* const* args, Py_ssize_t count, Call& c) {
   }
   PyObject *eps = args[9], *pos_eps = args[10], *prefix = args[11], *out_dtype = args[12];
   if (pos_eps == Py_None) pos_eps = eps;
-  if (!tensors[0] || !tensors[3] || !PyFloat_CheckExact(eps) || !PyFloat_CheckExact(pos_eps) || !PyLong_CheckExact(prefix) ||
-      !PyUnicode_Check(args[13]))
+  if (!tensors[0] || !tensors[3] || !PyFloat_CheckExact(eps) || !PyFloat_CheckExact(pos_eps) || !PyLong_CheckExact(prefix))
     return false;
   c.x = std::move(*tensors[0]), c.branch = std::move(tensors[1]), c.branch_scale = std::move(tensors[2]);
   c.weight = std::move(*tensors[3]), c.bias = std::move(tensors[4]);
@@ -95,7 +106,8 @@ bool parse(PyObject* const* args, Py_ssize_t count, Call& c) {
   c.eps = PyFloat_AS_DOUBLE(eps), c.pos_eps = PyFloat_AS_DOUBLE(pos_eps);
   int overflow = 0;
   c.num_prefix_tokens = PyLong_AsLongLongAndOverflow(prefix, &overflow);
-  c.backend = PyUnicode_AsUTF8(args[13]);
+  c.backend = find_backend(args[13], c.x.device().type());
+  if (c.backend.empty()) return false;
   if (THPDtype_Check(out_dtype)) {
     c.out_dtype = reinterpret_cast<THPDtype*>(out_dtype)->scalar_type;
   } else if (out_dtype == Py_None) {
@@ -276,7 +288,7 @@ struct PELayerNorm {
 
   static Outputs forward(const Call& c, const Raw<PELayerNorm>& raw) {
     auto [y, h, pos_out, _] = c.forward<4>(raw.forward, false);
-    return {y, h.defined() ? h : c.x, pos_out};
+    return {y, h.defined() ? h : c.x, c.pos_weight ? pos_out : c.given_pos()};
   }
 
   static Outputs forward_with_node(const Call& c, const Raw<PELayerNorm>& raw) {
@@ -298,7 +310,7 @@ struct PELayerNorm {
                    SavedVariable(c.pos, false),
                    SavedVariable(c.pos_weight, false)};
     announce(node, 0);
-    return {y, stream, pos_out};
+    return {y, stream, c.pos_weight ? pos_out : c.given_pos()};
   }
 
   static Grads backward(const Backward<PELayerNorm>& node, const variable_list& outputs, const std::array<Tensor, kSaved>& saved,
@@ -376,7 +388,7 @@ PyObject* entry(PyObject*, PyObject* const* args, Py_ssize_t count) {
 template <class Op>
 PyMethodDef method() {
   return {Op::kName, reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(entry<Op>)), METH_FASTCALL,
-          "The tensors in the order of ops.common.FORWARD_ARGS, normed_pos, the options in that order, and the backend's name."};
+          "The tensors in the order of ops.common.FORWARD_ARGS, normed_pos, the options in that order, and backends.eager."};
 }
 
 PyMethodDef methods[] = {method<PELayerNorm>(), method<PENormPool>(), {}};

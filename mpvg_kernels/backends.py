@@ -202,6 +202,9 @@ def _from_environment() -> Choice:
 
 _requested: Choice = _from_environment()
 
+# The backend that eager calls get, by device type, as far as it was asked for: csrc/autograd.cpp looks it up here.
+eager: dict[str, str] = {}
+
 
 def _check_name(name: str) -> str:
     choices = ("auto", *BACKENDS)
@@ -237,6 +240,7 @@ class use_backend:
             if _check_name(asked) != "auto" and not status(asked).devices:
                 raise BackendUnavailableError(f"backend {asked!r} is not available: {status(asked).reason}")
         self._previous, _requested = _requested, choice
+        eager.clear()
 
     def __enter__(self):
         return self
@@ -244,6 +248,7 @@ class use_backend:
     def __exit__(self, *_):
         global _requested
         _requested = self._previous
+        eager.clear()
 
 
 def available_backends(device: str | torch.device | None = None) -> tuple[str, ...]:
@@ -266,7 +271,10 @@ def resolve(device_type: str, compiled: bool | None = None) -> str:
     """The backend of a call on this type of device: here, or in eager (False) or compiled (True) code."""
     if compiled is None:
         compiled = torch.compiler.is_compiling()
-    return _resolve(_requested.compiled if compiled else _requested.eager, device_type, compiled)
+    if compiled:
+        return _resolve(_requested.compiled, device_type, True)
+    eager[device_type] = backend = _choose(_requested.eager, device_type, False)
+    return backend
 
 
 @torch.compiler.assume_constant_result

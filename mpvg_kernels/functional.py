@@ -77,13 +77,12 @@ def pe_layer_norm(
         ValueError: a shape or value that does not fit; TypeError: a dtype; both name the argument.
         BackendUnavailableError: the backend asked for can't run on x's device.
     """
-    tensors = x, branch, branch_scale, weight, bias, pos, pos_weight, pos_bias, normed_pos
-    options = eps, pos_eps, num_prefix_tokens, out_dtype
-    outputs = _run_in_cpp("pe_layer_norm", tensors, options)
+    args = x, branch, branch_scale, weight, bias, pos, pos_weight, pos_bias, normed_pos
+    args += eps, pos_eps, num_prefix_tokens, out_dtype
+    outputs = _run_in_cpp("pe_layer_norm", args)
     if outputs is not None:
-        y, stream, pos_out = outputs
-        return PELayerNormOutput(y, stream, pos_out if normed_pos is None else normed_pos)
-    args = _prepare(*tensors, *options)
+        return PELayerNormOutput._make(outputs)
+    args = _prepare(*args)
     y, stream, pos_out = _run(_pe_layer_norm, _pe_layer_norm.PELayerNormFunction, args, in_cpp="pe_layer_norm")
     if x.dim() != 3:
         y, stream = y.view(x.shape), stream.view(x.shape)
@@ -121,12 +120,12 @@ def pe_norm_pool(
 
     Raises: as `pe_layer_norm`; ValueError also when there is no token to pool (N == num_prefix_tokens).
     """
-    tensors = x, branch, branch_scale, weight, bias, pos, pos_weight, pos_bias, normed_pos
-    options = eps, pos_eps, num_prefix_tokens, out_dtype
-    out = _run_in_cpp("pe_norm_pool", tensors, options)
+    args = x, branch, branch_scale, weight, bias, pos, pos_weight, pos_bias, normed_pos
+    args += eps, pos_eps, num_prefix_tokens, out_dtype
+    out = _run_in_cpp("pe_norm_pool", args)
     if out is not None:
         return out
-    args = _prepare(*tensors, *options)
+    args = _prepare(*args)
     if args[0].shape[1] == num_prefix_tokens:
         raise ValueError(
             f"x of shape {tuple(x.shape)} has no token to pool: expected more than the "
@@ -241,19 +240,13 @@ def _choose_backend(name: str, t: Tensor) -> str:
     return backend
 
 
-def _run_in_cpp(name: str, tensors: tuple[Tensor | None, ...], options: tuple):
+def _run_in_cpp(name: str, args: tuple):
     """Check and run an ordinary call in C++ (csrc/autograd.cpp); None where it is left to `_prepare` and `_run`.
 
-    `tensors` are the raw operator's with normed_pos after them, `options` the fields of Options before the backend.
+    `args` are `_prepare`'s. This is on the way of every call, so it does as little as it can.
     """
-    x = tensors[0]
-    if torch.compiler.is_compiling() or not isinstance(x, Tensor):
-        return None
-    nodes, _ = backends.autograd_nodes()
-    if nodes is None:
-        return None
-    backend = backends.resolve(x.device.type, compiled=False)
-    return None if backend == "reference" else getattr(nodes, name)(*tensors, *options, backend)
+    nodes = None if torch.compiler.is_compiling() else backends.autograd_nodes()[0]
+    return None if nodes is None else getattr(nodes, name)(*args, backends.eager)
 
 
 def _run(operator, function: type[torch.autograd.Function], args: tuple, in_cpp: str | None = None):
@@ -269,7 +262,7 @@ def _run(operator, function: type[torch.autograd.Function], args: tuple, in_cpp:
     if in_cpp is not None:  # what was not ordinary may be so now
         *others, pos, pos_weight, pos_bias = tensors
         placed = (None, None, None, pos) if pos_weight is None else (pos, pos_weight, pos_bias, None)
-        outputs = _run_in_cpp(in_cpp, (*others, *placed), options[:4])
+        outputs = _run_in_cpp(in_cpp, (*others, *placed, *options[:4]))
         if outputs is not None:
             return outputs
     unsupported = _unsupported_derivative(tensors)
