@@ -226,7 +226,7 @@ def test_sizes():
         (lambda: build(patch_size=8), "patch_size=8: this architecture's patches come from a stem of stride 16"),
         (lambda: build()(torch.randn(1, 3, 48, 32)), "48x32: this model is built for 32x48; resize the image"),
         (lambda: build("gap", patch_drop_rate=0.1), "patch_drop_rate=0.1: CeiT's LeFF convolves the whole grid"),
-        (lambda: build(fix_init=True), "fix_init=True: CeiT's LeFF"),
+        (lambda: build(fix_init=True), "fix_init=True: CeiT's LeFF has BatchNorms"),
         (lambda: build(scale_mlp_norm=True), "scale_mlp_norm=True: LeFF has BatchNorms"),
     ],
 )

@@ -162,11 +162,11 @@ class MPVGCeiT(MPVGVisionTransformer):
         weight_init: str = "",
         **kwargs: Any,
     ):
-        for name in ("patch_drop_rate", "fix_init"):
-            if kwargs.get(name):
-                raise ValueError(
-                    f"{name}={kwargs[name]}: CeiT's LeFF convolves the whole grid of patches; leave it out"
-                )
+        rate = kwargs.get("patch_drop_rate")
+        if rate:
+            raise ValueError(f"patch_drop_rate={rate}: CeiT's LeFF convolves the whole grid of patches; leave it out")
+        if kwargs.get("fix_init"):
+            raise ValueError("fix_init=True: CeiT's LeFF has BatchNorms, which undo a rescaling; leave it out")
         both = {"mlp_ratio": mlp_ratio, "qkv_bias": qkv_bias, "qk_norm": qk_norm, "proj_bias": proj_bias}
         super().__init__(
             embed_dim=embed_dim,
