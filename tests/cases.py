@@ -189,8 +189,8 @@ def assert_accurate(
 ) -> None:
     """The accuracy rule: ||err|| <= 1.25 ||err of the plain formula|| + eps(dtype) ||exact|| + luck.
 
-    `own` is what is exact for the plain formula, which may have rounded its stream otherwise; left out, `exact`. Without
-    `terms` there is no luck.
+    `own` is what is exact for the plain formula, which may have rounded its stream otherwise; left out, `exact`.
+    Without `terms` there is no luck.
 
     Luck: of n rounding errors of deviation s the norm is s sqrt(n), give or take s / sqrt(2), whatever n is. That is
     nothing among many, but of two or three elements the plain formula often gets each right to the last bit, and 1.25
