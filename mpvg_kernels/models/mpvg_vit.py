@@ -450,7 +450,8 @@ class MPVGVisionTransformer(ConvertsCheckpoints, VisionTransformer):
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         """Full names of parameters without weight decay; timm leaves 1-D parameters out by itself."""
-        return {"pos_embed", "cls_token", "reg_token", *(f"layer_pos_embed.{i}" for i in self.layer_pos_embed)}
+        tables = {"pos_embed", *(f"layer_pos_embed.{i}" for i in self.layer_pos_embed)}
+        return tables | {name for name in ("cls_token", "reg_token") if getattr(self, name) is not None}
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:

@@ -89,9 +89,8 @@ def checkpoint_filter_fn(
         parts = ("cls_token", *model.class_token_parts)
         out = {k: v for k, v in out.items() if k.split(".")[0] not in parts}
         done.append(" and ".join(["dropped the class token", *model.class_token_parts]))
-    add_class_token = "cls_token" not in out and getattr(model, "cls_token", None) is not None
-    # (weights of something else altogether have no class token either: load_weights lists what they lack)
-    add_class_token = add_class_token and "pos_embed" in tables
+    # (without a table these are weights of something else altogether: load_weights lists what they lack)
+    add_class_token = "pos_embed" in tables and "cls_token" not in out and getattr(model, "cls_token", None) is not None
     if add_class_token:
         out["cls_token"] = model.cls_token.detach().clone()
     patch_weight = state_dict.get("patch_embed.proj.weight")
@@ -123,8 +122,7 @@ def checkpoint_filter_fn(
             table = torch.cat([own[name][:, :1].to(table), table], dim=1)
         out[name] = table.unflatten(1, new_grid) if as_map else table
     if add_class_token:
-        with_slot = "pos_embed" in tables and not model.no_embed_class
-        kept = "the class token and its row of pos_embed keep" if with_slot else "the class token keeps"
+        kept = "the class token keeps" if model.no_embed_class else "the class token and its row of pos_embed keep"
         done.append(f"{kept} the model's own initialisation")
     if not any(k.endswith("pos_weight") for k in out):
         scale = float(new_pos_norms == "identity")
