@@ -34,7 +34,19 @@ using torch::autograd::variable_list;
 using MaybeTensor = std::optional<Tensor>;
 
 MaybeTensor maybe(const Tensor& t) { return t.defined() ? MaybeTensor(t) : std::nullopt; }
-Tensor or_undefined(MaybeTensor t) { return t ? *std::move(t) : Tensor(); }
+
+// Call an operator; what it leaves out is undefined.
+template <size_t kOutputs, class... Args>
+std::array<Tensor, kOutputs> call(const c10::OperatorHandle& op, const Args&... args) {
+  torch::jit::Stack stack;
+  stack.reserve(sizeof...(args));
+  (stack.emplace_back(args), ...);
+  op.callBoxed(stack);
+  std::array<Tensor, kOutputs> outputs;
+  for (size_t i = 0; i < kOutputs; ++i)
+    if (stack[i].isTensor()) outputs[i] = std::move(stack[i]).toTensor();
+  return outputs;
+}
 
 // ---- a call
 
@@ -46,12 +58,13 @@ struct Call {
   ScalarType out_dtype;
   std::string_view backend;
 
-  // The raw operator, below autograd and without the GIL.
-  template <class Function>
-  auto forward(const Function& f, bool save) const {
+  // The raw operator's results, computed below autograd and without the GIL.
+  template <size_t kOutputs>
+  std::array<Tensor, kOutputs> forward(const c10::OperatorHandle& op, bool save) const {
     pybind11::gil_scoped_release no_gil;
     at::AutoDispatchBelowADInplaceOrView below_autograd;
-    return f.call(x, branch, branch_scale, weight, bias, pos, pos_weight, pos_bias, eps, pos_eps, num_prefix_tokens, out_dtype, save);
+    return call<kOutputs>(op, x, branch, branch_scale, weight, bias, pos, pos_weight, pos_bias, eps, pos_eps, num_prefix_tokens, out_dtype,
+                          save);
   }
 };
 
@@ -138,18 +151,17 @@ bool plain_context(const Call& c) {
 // An operator's raw forward and backward on one backend.
 template <class Op>
 struct Raw {
-  c10::TypedOperatorHandle<typename Op::Forward> forward;
-  c10::TypedOperatorHandle<typename Op::Backward> backward;
+  c10::OperatorHandle forward, backward;
 
   static const Raw& of(std::string_view backend) {  // under the GIL
     static std::map<std::string, Raw, std::less<>> found;
     auto at = found.find(backend);
     if (at == found.end()) {
-      auto& dispatcher = c10::Dispatcher::singleton();
-      const std::string suffix = "_" + std::string(backend), name = std::string("mpvg::") + Op::kName;
-      at = found.emplace(backend, Raw{dispatcher.findSchemaOrThrow((name + "_fwd" + suffix).c_str(), "").template typed<typename Op::Forward>(),
-                                      dispatcher.findSchemaOrThrow((name + "_bwd" + suffix).c_str(), "").template typed<typename Op::Backward>()})
-               .first;
+      auto schema = [&](const char* direction) {
+        const std::string name = std::string("mpvg::") + Op::kName + direction + std::string(backend);
+        return c10::Dispatcher::singleton().findSchemaOrThrow(name.c_str(), "");
+      };
+      at = found.emplace(backend, Raw{schema("_fwd_"), schema("_bwd_")}).first;
     }
     return at->second;
   }
@@ -174,10 +186,9 @@ auto announce(const Pointer& node, int) -> decltype(fire_node_creation_hooks(nod
 template <class Pointer>
 void announce(const Pointer&, long) {}
 
-using Grads = std::tuple<MaybeTensor, MaybeTensor, MaybeTensor, MaybeTensor, MaybeTensor, MaybeTensor, MaybeTensor>;
+using Grads = std::array<Tensor, 7>;  // of x, branch, weight, bias, pos, pos_weight, pos_bias
 
-// What the operators' nodes have in common. The edges are in the order of grad_mask's bits: x, branch, weight, bias, pos, pos_weight,
-// pos_bias.
+// What the operators' nodes have in common. The edges are in the order of Grads, and of grad_mask's bits.
 template <class Op>
 struct Backward : Node {
   Backward(const Call& c, const Raw<Op>& raw)
@@ -226,9 +237,8 @@ struct Backward : Node {
     variable_list grads;
     {
       at::AutoDispatchBelowADInplaceOrView below_autograd;
-      const auto [dx, dbranch, dweight, dbias, dpos, dpos_weight, dpos_bias] = Op::backward(*this, outputs, tensors, mask);
-      grads = {needs_x ? or_undefined(dx) : Tensor(), or_undefined(own || !needs_branch ? dbranch : dx),
-               or_undefined(dweight), or_undefined(dbias), or_undefined(dpos), or_undefined(dpos_weight), or_undefined(dpos_bias)};
+      auto [dx, dbranch, dweight, dbias, dpos, dpos_weight, dpos_bias] = Op::backward(*this, outputs, tensors, mask);
+      grads = {needs_x ? dx : Tensor(), own || !needs_branch ? dbranch : dx, dweight, dbias, dpos, dpos_weight, dpos_bias};
     }
     if (at::GradMode::is_enabled()) refuse_second_derivative(grads, outputs, tensors);
     return grads;
@@ -255,84 +265,69 @@ struct Backward : Node {
 
 Tensor dense_rows(const Tensor& t) { return t.stride(-1) == 1 ? t : t.contiguous(); }
 
-// ---- operators: their raw signatures (mpvg_kernels/ops), what is saved, and what is returned
-
-template <class... Outputs>
-using ForwardOf = std::tuple<Outputs...>(const Tensor& x, const MaybeTensor& branch, const MaybeTensor& branch_scale, const Tensor& weight,
-                                         const MaybeTensor& bias, const MaybeTensor& pos, const MaybeTensor& pos_weight,
-                                         const MaybeTensor& pos_bias, double eps, double pos_eps, int64_t num_prefix_tokens,
-                                         ScalarType out_dtype, bool save);
-template <class... Gradients>
-using BackwardOf = Grads(Gradients..., const Tensor& weight, const MaybeTensor& branch_scale, const MaybeTensor& pos,
-                         const MaybeTensor& pos_weight, double pos_eps, int64_t num_prefix_tokens, ScalarType x_dtype,
-                         ScalarType branch_dtype, int64_t grad_mask);
+// ---- operators: what is saved and what is returned
 
 struct PELayerNorm {
   static constexpr auto kName = "pe_layer_norm";
   static constexpr size_t kSaved = 6;
-  using Forward = ForwardOf<Tensor, MaybeTensor, MaybeTensor, MaybeTensor>;
-  using Backward = BackwardOf<const Tensor&, const MaybeTensor&, const MaybeTensor&, const Tensor&, const Tensor&>;
   using Outputs = std::array<Tensor, 3>;  // y, stream, pos'
 
   static bool possible(const Call&) { return true; }
 
   static Outputs forward(const Call& c, const Raw<PELayerNorm>& raw) {
-    auto [y, h, pos_out, _] = c.forward(raw.forward, false);
-    return {y, h.value_or(c.x), or_undefined(pos_out)};
+    auto [y, h, pos_out, _] = c.forward<4>(raw.forward, false);
+    return {y, h.defined() ? h : c.x, pos_out};
   }
 
   static Outputs forward_with_node(const Call& c, const Raw<PELayerNorm>& raw) {
-    const auto [y, h, pos_out, stats] = c.forward(raw.forward, true);
-    const auto node = make_node<mpvg::Backward<PELayerNorm>>(c, raw);
+    auto [y, h, pos_out, stats] = c.forward<4>(raw.forward, true);
+    const auto node = make_node<Backward<PELayerNorm>>(c, raw);
     const bool stream_differentiable = node->should_compute_output({{0, 2}}), pos_differentiable = node->should_compute_output({{4, 7}});
-    Tensor stream = h.value_or(c.x);
-    if (!h && stream_differentiable) {  // x with a history of its own
+    Tensor stream = h.defined() ? h : c.x;
+    if (!h.defined() && stream_differentiable) {  // x with a history of its own
       at::AutoGradMode no_grad(false);
       stream = c.x.view_as(c.x);
     }
     node->output(y);
     node->output(stream, stream_differentiable);
-    const Tensor pos_result = or_undefined(pos_out);
-    node->output(pos_result, pos_differentiable);
-    node->saved = {SavedVariable(h ? stream : c.x, h && stream_differentiable),
+    node->output(pos_out, pos_differentiable);
+    node->saved = {SavedVariable(h.defined() ? h : c.x, h.defined() && stream_differentiable),
                    SavedVariable(stats, false),
                    SavedVariable(c.weight, false),
                    SavedVariable(c.branch_scale, false),
                    SavedVariable(c.pos, false),
                    SavedVariable(c.pos_weight, false)};
     announce(node, 0);
-    return {y, stream, pos_result};
+    return {y, stream, pos_out};
   }
 
-  static Grads backward(const mpvg::Backward<PELayerNorm>& node, const variable_list& outputs, const std::array<Tensor, kSaved>& saved,
+  static Grads backward(const Backward<PELayerNorm>& node, const variable_list& outputs, const std::array<Tensor, kSaved>& saved,
                         int64_t mask) {
     const auto& [h, stats, weight, branch_scale, pos, pos_weight] = saved;
     const Tensor &dy = outputs[0], &dh = outputs[1], &dpos_out = outputs[2];
     // Only the stream or pos' was used: a zero that takes no memory stands for dy.
-    return node.raw.backward.call(dy.defined() ? dense_rows(dy) : h.new_zeros({h.size(-1)}).expand(h.sizes()),
-                                  dh.defined() ? MaybeTensor(dense_rows(dh)) : std::nullopt,
-                                  dpos_out.defined() ? MaybeTensor(dpos_out.contiguous()) : std::nullopt, h, stats, weight,
-                                  maybe(branch_scale), maybe(pos), maybe(pos_weight), node.pos_eps, node.num_prefix_tokens, node.x_dtype,
-                                  node.branch_dtype, mask);
+    const Tensor dense_dy = dy.defined() ? dense_rows(dy) : h.new_zeros({h.size(-1)}).expand(h.sizes());
+    const MaybeTensor dense_dh = dh.defined() ? MaybeTensor(dense_rows(dh)) : std::nullopt;
+    const MaybeTensor dense_dpos = dpos_out.defined() ? MaybeTensor(dpos_out.contiguous()) : std::nullopt;
+    return call<7>(node.raw.backward, dense_dy, dense_dh, dense_dpos, h, stats, weight, maybe(branch_scale), maybe(pos), maybe(pos_weight),
+                   node.pos_eps, node.num_prefix_tokens, node.x_dtype, node.branch_dtype, mask);
   }
 };
 
 struct PENormPool {
   static constexpr auto kName = "pe_norm_pool";
   static constexpr size_t kSaved = 7;
-  using Forward = ForwardOf<Tensor, MaybeTensor, MaybeTensor, MaybeTensor>;
-  using Backward = BackwardOf<const Tensor&, const Tensor&, const Tensor&, const Tensor&>;
   using Outputs = std::array<Tensor, 1>;
 
   static bool possible(const Call& c) { return c.x.size(1) > c.num_prefix_tokens; }
 
-  static Outputs forward(const Call& c, const Raw<PENormPool>& raw) { return {std::get<0>(c.forward(raw.forward, false))}; }
+  static Outputs forward(const Call& c, const Raw<PENormPool>& raw) { return {c.forward<4>(raw.forward, false)[0]}; }
 
   static Outputs forward_with_node(const Call& c, const Raw<PENormPool>& raw) {
-    const auto [out, h, stats, s] = c.forward(raw.forward, true);
-    const auto node = make_node<mpvg::Backward<PENormPool>>(c, raw);
+    auto [out, h, stats, s] = c.forward<4>(raw.forward, true);
+    const auto node = make_node<Backward<PENormPool>>(c, raw);
     node->output(out);
-    node->saved = {SavedVariable(h.value_or(c.x), false),
+    node->saved = {SavedVariable(h.defined() ? h : c.x, false),
                    SavedVariable(stats, false),
                    SavedVariable(s, false),
                    SavedVariable(c.weight, false),
@@ -343,12 +338,12 @@ struct PENormPool {
     return {out};
   }
 
-  static Grads backward(const mpvg::Backward<PENormPool>& node, const variable_list& outputs, const std::array<Tensor, kSaved>& saved,
+  static Grads backward(const Backward<PENormPool>& node, const variable_list& outputs, const std::array<Tensor, kSaved>& saved,
                         int64_t mask) {
     const auto& [h, stats, s, weight, branch_scale, pos, pos_weight] = saved;
     const Tensor dout = outputs[0].defined() ? dense_rows(outputs[0]) : node.input_metadata(0).zeros_like();
-    return node.raw.backward.call(dout, h, stats, s, weight, maybe(branch_scale), maybe(pos), maybe(pos_weight), node.pos_eps,
-                                  node.num_prefix_tokens, node.x_dtype, node.branch_dtype, mask);
+    return call<7>(node.raw.backward, dout, h, stats, s, weight, maybe(branch_scale), maybe(pos), maybe(pos_weight), node.pos_eps,
+                   node.num_prefix_tokens, node.x_dtype, node.branch_dtype, mask);
   }
 };
 
@@ -363,7 +358,7 @@ typename Op::Outputs run(const Call& c, const Raw<Op>& raw) {
 
 // The operator's outputs, a tensor or a tuple; None where the call is declined.
 template <class Op>
-PyObject* call(PyObject*, PyObject* const* args, Py_ssize_t count) {
+PyObject* entry(PyObject*, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   Call c;
   if (!parse(args, count, c) || !ordinary(c) || !Op::possible(c) || !plain_context(c)) Py_RETURN_NONE;
@@ -380,8 +375,8 @@ PyObject* call(PyObject*, PyObject* const* args, Py_ssize_t count) {
 
 template <class Op>
 PyMethodDef method() {
-  return {Op::kName, reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(call<Op>)), METH_FASTCALL,
-          "The arguments in the order of ops.common.FORWARD_ARGS, and the backend's name."};
+  return {Op::kName, reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(entry<Op>)), METH_FASTCALL,
+          "The tensors in the order of ops.common.FORWARD_ARGS, normed_pos, the options in that order, and the backend's name."};
 }
 
 PyMethodDef methods[] = {method<PELayerNorm>(), method<PENormPool>(), {}};

@@ -168,8 +168,8 @@ def test_table_is_the_sinusoid(scheme, kwargs, positions, weight_init):
 
 def test_table_of_many_patches():
     """In fp32 the angles of late positions would be off by 1e-4."""
-    exact = written_out(range(1, 2000), 8).to(torch.float64)
-    torch.testing.assert_close(sinusoid(1999, 0, 8), exact, rtol=0, atol=1e-7)
+    exact = written_out(range(1, 2000), 24).to(torch.float64)
+    torch.testing.assert_close(sinusoid(1999, 0, 24), exact, rtol=0, atol=1e-7)
 
 
 def test_unshared_tables_are_refused():

@@ -28,4 +28,10 @@ inline void parallel_for(int64_t n, int64_t grain, Body body, void* context) {
   STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, n, grain, body, context));
 }
 
+// What the backward kernels count on; autograd never breaks it.
+inline void check_stream_dtypes(const Tensor& h, const MaybeTensor& dh, ScalarType x_dtype, ScalarType branch_dtype) {
+  STD_TORCH_CHECK(h.scalar_type() == promote(x_dtype, branch_dtype) && (!dh || dh->scalar_type() == h.scalar_type()),
+                  "mpvg: h and dh must have the dtype that x_dtype and branch_dtype promote to");
+}
+
 }  // namespace mpvg

@@ -17,31 +17,43 @@ const T* layer_parameters(Scratch<T>& scratch, const View& v, const PEChainInput
   return first;
 }
 
+// The group's rows of v as T: where they lie, or copied to `buffer`.
+template <class T, int R>
+Rows wide_rows(const View& v, Group at, T* buffer, int64_t D) {
+  if (v.dtype == arithmetic_dtype<T>) return at.of(v);
+  const int64_t Dp = padded<T>(D);
+  const View sample{v.at(at.b, 0), v.dtype, 0, v.stride_n};
+  for (int r = 0; r < R; ++r) read_row(buffer + r * Dp, sample, at.n + r, D);
+  return {buffer, Dp * int64_t(sizeof(T))};
+}
+
 template <class T>
 void pe_chain_fwd(const PEChainInputs& in, View out, ParallelFor parallel_for) {
+  constexpr Dtype wide = arithmetic_dtype<T>;
   const int64_t L = in.L, D = in.D, Dp = padded<T>(D);
   Scratch<T> scratch(2 * L, Dp);
   const T *w = layer_parameters(scratch, in.weight, in), *b = layer_parameters(scratch, in.bias, in);
-  const bool next_is_out = in_place<T>(out, D);  // the result is the unrounded row, so the next layer reads it there
+  const auto pos_to_out = choose_affine<T>(out.dtype, in.pos.dtype), to_out = choose_affine<T>(out.dtype, wide);
+  const auto pos_to_next = choose_affine<T>(wide, in.pos.dtype), to_next = choose_affine<T>(wide, wide);
+  const bool next_is_out = out.dtype == wide;  // the result is the unrounded row, so the next layer reads it there
   run_parallel(parallel_for, ceil_div(in.K, kPosRows), kPosRows * L * Dp, [&](int64_t begin, int64_t end) {
     Scratch<T> local(kTogether, Dp);
     T* buffer = local.take(kTogether);
     const Rows buffered{buffer, Dp * int64_t(sizeof(T))};
     const Stream<T> pos = pos_stream<T>(in.pos, D);
-    const Stream<T> next = pos_stream<T>(next_is_out ? out : View{buffer, arithmetic_dtype<T>, 0, Dp}, D);
+    const Stream<T> next = pos_stream<T>(next_is_out ? out : View{buffer, wide, 0, Dp}, D);
     visit_tokens<T>(begin * kPosRows, min(in.K, end * kPosRows), D, [&](Group at, auto together) {
       constexpr int R = together.rows;
       RowMoments<T, R> m;
       const T one[R] = {};
-      Rows v = pos.get(at, together, false, one, T(in.eps), buffer, m);
+      Rows v = pos.get(at, together, false, one, T(in.eps), nullptr, m);
       for (int64_t l = 0; l < L; ++l) {
         const Group layer{l, at.n, false};
-        with_dtype<T>(out.dtype, [&](auto e) {
-          affine_rows<T, typename decltype(e)::type, R>(layer.of(out), false, v, m, w + l * Dp, b + l * Dp, D);
-        });
+        const bool from_pos = !in.hierarchical || l == 0;
+        (from_pos ? pos_to_out : to_out).with(together)(layer.of(out), false, v, m, w + l * Dp, b + l * Dp, D);
         if (!in.hierarchical || l + 1 == L) continue;
-        if (!next_is_out) affine_rows<T, T, R>(buffered, false, v, m, w + l * Dp, b + l * Dp, D);
-        v = next.get(next_is_out ? layer : Group{0, 0, false}, together, false, one, T(in.eps), buffer, m);
+        if (!next_is_out) (from_pos ? pos_to_next : to_next).with(together)(buffered, false, v, m, w + l * Dp, b + l * Dp, D);
+        v = next.get(next_is_out ? layer : Group{0, 0, false}, together, false, one, T(in.eps), nullptr, m);
       }
     });
   });
@@ -50,20 +62,21 @@ void pe_chain_fwd(const PEChainInputs& in, View out, ParallelFor parallel_for) {
 // With r_l = dout[l] + dv_{l+1}, or dout[l] without the hierarchy:  dv_l = LN backward of r_l;  dw_l = sum_k r_l * vhat_l;  db_l = sum_k r_l.
 template <class T>
 void pe_chain_bwd(const PEChainInputs& in, View dout, const PEChainGradients& grad, ParallelFor parallel_for) {
+  constexpr Dtype wide = arithmetic_dtype<T>;
   const int64_t L = in.L, D = in.D, Dp = padded<T>(D), blocks = ceil_div(in.K, kPosRows), row_bytes = Dp * sizeof(T);
   const int64_t depth = in.hierarchical ? L : 1;  // how many v_l there are
   Scratch<T> scratch(2 * L * (1 + blocks), Dp);
   const T *w = layer_parameters(scratch, in.weight, in), *b = layer_parameters(scratch, in.bias, in);
   T* const sums = scratch.take(2 * L * blocks);  // of each block: dw of all layers, then db
-  const auto find = choose_grad_means<T>(dout.dtype, arithmetic_dtype<T>);
-  const auto find_again = choose_grad_means<T>(arithmetic_dtype<T>, arithmetic_dtype<T>);
-  const bool dout_in_place = in_place<T>(dout, D);
+  const auto affine = choose_affine<T>(wide, wide);
+  const auto find = choose_grad_means<T>(wide, wide);
+  const auto accumulate = choose_accumulate<T>(wide, wide);
+  const InputGradients<T, true> write_alone(wide, wide, Dtype::absent, false), write_added(wide, wide, Dtype::absent, true);
   run_parallel(parallel_for, blocks, kPosRows * L * Dp, [&](int64_t begin, int64_t end) {
-    Scratch<T> local((depth + 2) * kTogether, Dp), statistics(2 * depth, kTogether);
-    T *const chain = local.take(depth * kTogether), *const dy_buffer = local.take(kTogether), *const dv_buffer = local.take(kTogether);
-    T *const mean = statistics.take(depth), *const rstd = statistics.take(depth);
-    zero_rows(dv_buffer, kTogether, Dp);  // its pad stays 0
-    const View chain_view{chain, arithmetic_dtype<T>, kTogether * Dp, Dp};
+    Scratch<T> local((depth + 3) * kTogether, Dp), statistics(2 * depth, kTogether);
+    T *const chain = local.take(depth * kTogether), *const dy_buffer = local.take(kTogether), *const dh_buffer = local.take(kTogether);
+    T *const dv_buffer = local.take(kTogether), *const mean = statistics.take(depth), *const rstd = statistics.take(depth);
+    const View chain_view{chain, wide, kTogether * Dp, Dp};
     const Stream<T> pos = pos_stream<T>(in.pos, D), next = pos_stream<T>(chain_view, D);
     for (int64_t block = begin; block < end; ++block) {
       T *const dw = sums + 2 * L * block * Dp, *const db = dw + L * Dp;
@@ -74,41 +87,38 @@ void pe_chain_bwd(const PEChainInputs& in, View dout, const PEChainGradients& gr
         constexpr Group first{0, 0, false};
         RowMoments<T, R> m;
         const T one[R] = {};
-        const Rows p = pos.get(at, together, false, one, T(in.eps), chain, m);
+        pos.get(at, together, false, one, T(in.eps), nullptr, m);
+        const Rows p = wide_rows<T, R>(in.pos, at, chain, D);
         save_moments(m, first, 0, mean, rstd);
         for (int64_t l = 1; l < depth; ++l) {
           const Group row{l, 0, false};
           const Rows before = l == 1 ? p : Group{l - 1, 0, false}.of(chain_view);
-          affine_rows<T, T, R>(row.of(chain_view), false, before, m, w + (l - 1) * Dp, b + (l - 1) * Dp, D);
-          next.get(row, together, false, one, T(in.eps), chain + l * kTogether * Dp, m);
+          affine.with(together)(row.of(chain_view), false, before, m, w + (l - 1) * Dp, b + (l - 1) * Dp, D);
+          next.get(row, together, false, one, T(in.eps), nullptr, m);
           save_moments(m, first, 0, mean + l * kTogether, rstd + l * kTogether);
         }
 
-        const Rows dv_rows{dv_buffer, row_bytes};
+        const Rows dv{dv_buffer, row_bytes};
         for (int64_t l = L; l-- > 0;) {
           const int64_t at_l = in.hierarchical ? l : 0;
           const Rows v = at_l ? Group{at_l, 0, false}.of(chain_view) : p;
           RowMoments<T, R> m = saved_moments<T, R>(first, 0, mean + at_l * kTogether, rstd + at_l * kTogether);
           GradRow<pack<T, R>> k;
-          Rows dy = dv_rows;
-          if (in.hierarchical && l + 1 < L) {
-            find_again.with(side_by_side)(dy, nullptr, v, nullptr, w + l * Dp, m, k, D, T(1) / T(D));
-          } else {
-            const Rows dout_rows = Group{l, at.n, false}.of(dout);
-            find.with(side_by_side)(dout_rows, dout_in_place ? nullptr : dy_buffer, v, nullptr, w + l * Dp, m, k, D, T(1) / T(D));
-            dy = dout_in_place ? dout_rows : Rows{dy_buffer, row_bytes};
-          }
+          const Rows dy = in.hierarchical && l + 1 < L ? dv : wide_rows<T, R>(dout, {l, at.n, false}, dy_buffer, D);
+          find.with(side_by_side)(dy, v, {}, w + l * Dp, m, k, D, T(1) / T(D));
           if (!grad.pos && at_l == 0) {
-            accumulate<T, R>(dy, v, m, dw + l * Dp, {db + l * Dp}, Dp);
+            for (int r = 0; r < R; ++r) accumulate(dy[r], v[r], m.of(r), dw + l * Dp, db + l * Dp, D);
             continue;
           }
           // What is added to dv_l: the next dout down the chain, or the other layers' dv.
           Rows dh;
-          Dtype dh_type = Dtype::absent;
-          if (in.hierarchical && l) dh = Group{l - 1, at.n, false}.of(dout), dh_type = dout.dtype;
-          if (!in.hierarchical && l + 1 < L) dh = dv_rows, dh_type = arithmetic_dtype<T>;
-          const InputGradients<T, Also::sums> write(l ? arithmetic_dtype<T> : grad.pos.dtype, dh_type);
-          write(side_by_side, l ? dv_rows : at.of(grad.pos), false, dh, dy, w + l * Dp, v, m, k, nullptr, dw + l * Dp, {db + l * Dp}, D);
+          if (in.hierarchical && l) dh = wide_rows<T, R>(dout, {l - 1, at.n, false}, dh_buffer, D);
+          if (!in.hierarchical && l + 1 < L) dh = dv;
+          const bool to_dpos = l == 0 && grad.pos.dtype == wide;
+          (dh ? write_added : write_alone)(side_by_side, to_dpos ? at.of(grad.pos) : dv, {}, false, dh, dy, w + l * Dp, v, m, k, one,
+                                           dw + l * Dp, {db + l * Dp}, D);
+          if (l || to_dpos) continue;
+          for (int r = 0; r < R; ++r) write_row(grad.pos, 0, at.n + r, dv_buffer + r * Dp, D);
         }
       });
     }

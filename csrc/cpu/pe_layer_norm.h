@@ -52,12 +52,7 @@ void pe_layer_norm_fwd(const Inputs& in, const PELayerNormOutputs& out, Parallel
   const Stream<T> stream(in, out.h);
   T* const mean = static_cast<T*>(out.stats.data);
   T* const rstd = mean ? mean + B * N : nullptr;
-  decltype(&affine_rows<T, T, 1>) write_one;
-  decltype(&affine_rows<T, T, kTogether>) write_samples;
-  with_dtype<T>(out.y.dtype, [&](auto y) {
-    using Y = typename decltype(y)::type;
-    write_one = affine_rows<T, Y, 1>, write_samples = affine_rows<T, Y, kTogether>;
-  });
+  const auto affine = choose_affine<T>(out.y.dtype, stream.dtype);
   const bool streaming = Streaming(in.shape).reads(in.x).reads(in.branch).writes(out.h).writes(out.y).pays();
   const Tiling tiling(in.shape, Dp * sizeof(T), kForwardSlice);
   run_parallel(parallel_for, tiling.units(), tiling.elements_each(Dp), [&](int64_t begin, int64_t end) {
@@ -71,9 +66,9 @@ void pe_layer_norm_fwd(const Inputs& in, const PELayerNormOutputs& out, Parallel
       const Rows h = stream.get(at, together, streaming, s, T(in.eps), buffer, m), y = at.of(out.y);
       const Rows addend = table && at.n >= k ? at.of(table, k, Dp) : Rows{bias};
       if constexpr (together.samples) {
-        write_samples(y, streaming, h, m, w, static_cast<const T*>(addend.first), D);
+        affine.with(together)(y, streaming, h, m, w, static_cast<const T*>(addend.first), D);
       } else {
-        for (int r = 0; r < R; ++r) write_one(y.from(r), streaming, h.from(r), m.one(r), w, static_cast<const T*>(addend[r]), D);
+        for (int r = 0; r < R; ++r) affine.one(y.from(r), streaming, h.from(r), m.one(r), w, static_cast<const T*>(addend[r]), D);
       }
       if (mean) save_moments(m, at, N, mean, rstd);
     };
@@ -103,18 +98,19 @@ void pe_layer_norm_bwd(const Saved& in, View dy_BND, View dh_BND, View dpos_out,
   const T* const mean = static_cast<const T*>(in.stats.data);
   const T* const rstd = mean + B * N;
   const auto find = choose_grad_means<T>(dy_BND.dtype, in.h.dtype);
-  const InputGradients<T, Also::nothing> dx(grad.x.dtype, dh_BND.dtype);
-  const InputGradients<T, Also::sums> dx_and_sums(grad.x.dtype, dh_BND.dtype);
-  const InputGradients<T, Also::scale> df(grad.branch.dtype, dh_BND.dtype);
-  const bool streaming = Streaming(in.shape).reads(dy_BND).reads(dh_BND).reads(in.h).writes(grad.x).writes(grad.branch).pays();
-  const bool dy_in_place = in_place<T>(dy_BND, D), h_in_place = in_place<T>(in.h, D);
-  const bool fused_sums = grad.x && grad.weight && sums;
+  const auto accumulate = choose_accumulate<T>(dy_BND.dtype, in.h.dtype);
+  const InputGradients<T, false> gradients(dy_BND.dtype, in.h.dtype, grad.branch.dtype, bool(dh_BND));
+  const InputGradients<T, true> gradients_and_sums(dy_BND.dtype, in.h.dtype, grad.branch.dtype, bool(dh_BND));
+  // dx is written in h's dtype. Where x has a lower one, or wants no gradient, it goes to a buffer first.
+  const bool dx_direct = grad.x.dtype == in.h.dtype;
+  const bool streaming =
+      dx_direct && Streaming(in.shape).reads(dy_BND).reads(dh_BND).reads(in.h).writes(grad.x).writes(grad.branch).pays();
   const int64_t row_bytes = Dp * sizeof(T);
   const T inv_D = T(1) / T(D);
 
   run_parallel(parallel_for, units, tiling.elements_each(Dp), [&](int64_t begin, int64_t end) {
-    Scratch<T> local(2 * kTogether + 2, Dp);
-    T *dy_buffer = local.take(kTogether), *h_buffer = local.take(kTogether);
+    Scratch<T> local(kTogether + 2, Dp);
+    T* const dx_buffer = local.take(kTogether);
     T *dw_samples = local.take(), *sum_samples = local.take();  // of a group's samples: sums in two levels are the more accurate ones
     for (int64_t unit = begin; unit < end; ++unit) {
       const Unit u(tiling, unit);
@@ -126,23 +122,24 @@ void pe_layer_norm_bwd(const Saved& in, View dy_BND, View dh_BND, View dpos_out,
       zero_rows(sum_samples, 1, Dp);
       const auto step = [&](Group at, auto together) MPVG_LAMBDA {
         constexpr int R = together.rows;
-        const Rows dy_rows = at.of(dy_BND), h_rows = at.of(in.h), dh_rows = at.of(dh_BND);
+        const Rows dy = at.of(dy_BND), h = at.of(in.h), dh = at.of(dh_BND), sum_rows = by_token ? at.of(sum, u.n0, Dp) : Rows{sum_samples};
         RowMoments<T, R> m = saved_moments<T, R>(at, N, mean, rstd);
         GradRow<pack<T, R>> k;
-        find.with(together)(dy_rows, dy_in_place ? nullptr : dy_buffer, h_rows, h_in_place ? nullptr : h_buffer, w, m, k, D, inv_D);
-        const Rows dy = dy_in_place ? dy_rows : Rows{dy_buffer, row_bytes}, h = h_in_place ? h_rows : Rows{h_buffer, row_bytes};
-        const Rows sum_rows = by_token ? at.of(sum, u.n0, Dp) : sum ? Rows{sum_samples} : Rows{};
-        const Rows dx_rows = at.of(grad.x);
-        if (fused_sums) {
-          dx_and_sums(together, dx_rows, streaming, dh_rows, dy, w, h, m, k, nullptr, dw_samples, sum_rows, D);
-        } else {
-          accumulate<T, R>(dy, h, m, dw ? dw_samples : nullptr, sum_rows, Dp);
-          if (grad.x) dx(together, dx_rows, streaming, dh_rows, dy, w, h, m, k, nullptr, nullptr, {}, D);
+        find.with(together)(dy, h, dh, w, m, k, D, inv_D);
+        if (!grad.x && !grad.branch) {
+          for (int r = 0; r < R; ++r) accumulate(dy[r], h[r], m.of(r), dw_samples, static_cast<T*>(sum_rows[r]), D);
+          return;
         }
-        if (!grad.branch) return;
         T s[R];
         for (int r = 0; r < R; ++r) s[r] = scale_of<T>(in.scale, at.sample(r));
-        df(together, at.of(grad.branch), streaming, dh_rows, dy, w, h, m, k, s, nullptr, {}, D);
+        const Rows dx = dx_direct ? at.of(grad.x) : Rows{dx_buffer, row_bytes}, df = at.of(grad.branch);
+        if (dw || sum) {
+          gradients_and_sums(together, dx, df, streaming, dh, dy, w, h, m, k, s, dw_samples, sum_rows, D);
+        } else {
+          gradients(together, dx, df, streaming, dh, dy, w, h, m, k, s, nullptr, {}, D);
+        }
+        if (!grad.x || dx_direct) return;
+        for (int r = 0; r < R; ++r) write_row(grad.x, at.sample(r), at.token(r), dx_buffer + r * Dp, D);
       };
       const auto done = [&] {
         if (dw) add_row(dw, dw_samples, Dp), zero_rows(dw_samples, 1, Dp);
@@ -159,8 +156,8 @@ void pe_layer_norm_bwd(const Saved& in, View dy_BND, View dh_BND, View dpos_out,
   const T* wp = parameter(scratch, in.pos_weight, D);
   T* block_sums = scratch.take(3 * blocks);
   run_parallel(parallel_for, blocks, kPosRows * Dp, [&](int64_t begin, int64_t end) {
-    Scratch<T> local(kPosRows + kTogether, Dp);
-    T *dp = local.take(kPosRows), *pos_buffer = local.take(kTogether);
+    Scratch<T> local(kPosRows, Dp);
+    T* dp = local.take(kPosRows);
     for (int64_t block = begin; block < end; ++block) {
       T *db = block_sums + 3 * block * Dp, *dwp = db + Dp, *dbp = dwp + Dp;
       zero_rows(db, 3, Dp);
@@ -177,7 +174,7 @@ void pe_layer_norm_bwd(const Saved& in, View dy_BND, View dh_BND, View dpos_out,
           store(row + i, load<T>(row + i) + sum);
         });
       }
-      if (first < n1) pos_backward(in, grad.pos, wp, first - k, n1 - k, dp + (first - n0) * Dp, row_bytes, pos_buffer, dwp, dbp);
+      if (first < n1) pos_backward(in, grad.pos, wp, first - k, n1 - k, dp + (first - n0) * Dp, row_bytes, dwp, dbp);
     }
   });
   column_sums(grad.bias, block_sums, blocks, 3 * Dp, D);

@@ -22,6 +22,7 @@ Outputs pe_norm_pool_fwd(Tensor x, MaybeTensor branch, MaybeTensor branch_scale,
 Grads pe_norm_pool_bwd(Tensor dout, Tensor h, Tensor stats, Tensor s, Tensor weight, MaybeTensor branch_scale, MaybeTensor pos,
                        MaybeTensor pos_weight, double pos_eps, int64_t num_prefix_tokens, ScalarType x_dtype, ScalarType branch_dtype,
                        int64_t grad_mask) {
+  check_stream_dtypes(h, {}, x_dtype, branch_dtype);
   const Shape shape{h.size(0), h.size(1), h.size(2), num_prefix_tokens};
   const GradOutputs grads(OnCpu{}, shape, grad_mask, x_dtype, branch_dtype, weight, pos, pos_weight);
   kernels().pe_norm_pool_bwd(

@@ -34,45 +34,46 @@ void pos_forward(const Inputs& in, const View& pos_out, const T* b, T* table, Sc
   T* both = scratch.take();
   over_padded<T>(Dp, [&](int64_t i) { store(both + i, load<T>(b + i) + load<T>(bp + i)); });
   const Stream<T> stream = pos_stream<T>(in.pos, D);
+  const auto to_table = choose_affine<T>(arithmetic_dtype<T>, in.pos.dtype), to_out = choose_affine<T>(pos_out.dtype, in.pos.dtype);
   run_parallel(parallel_for, ceil_div(P, kPosRows), kPosRows * Dp, [&](int64_t begin, int64_t end) {
-    Scratch<T> local(kTogether, Dp);
-    T* buffer = local.take(kTogether);
     visit_tokens<T>(begin * kPosRows, min(P, end * kPosRows), D, [&](Group at, auto together) {
       constexpr int R = together.rows;
       RowMoments<T, R> m;
       const T one[R] = {};
-      const Rows p = stream.get(at, together, false, one, T(in.pos_eps), buffer, m);
-      affine_rows<T, T, R>(at.of(table, 0, Dp), false, p, m, wp, both, Dp);
-      with_dtype<T>(pos_out.dtype, [&](auto e) {
-        affine_rows<T, typename decltype(e)::type, R>(at.of(pos_out), false, p, m, wp, bp, D);
-      });
+      const Rows p = stream.get(at, together, false, one, T(in.pos_eps), nullptr, m);  // no branch, no buffer
+      to_table.with(together)(at.of(table, 0, Dp), false, p, m, wp, both, D);
+      to_out.with(together)(at.of(pos_out), false, p, m, wp, bp, D);
     });
   });
 }
 
-// Backward of p' = LN(p; wp, bp), or of p' = p, on tokens [n0, n1): dpos (may be absent) and these rows' terms of dwp and dbp, from dp', `dp_step` bytes a
-// token. `buffer` holds kTogether rows.
+// Backward of p' = LN(p; wp, bp), or of p' = p, on tokens [n0, n1): dpos (may be absent) and these rows' terms of dwp and dbp, from dp',
+// `dp_step` bytes a token.
 template <class T>
-void pos_backward(const Saved& in, const View& dpos, const T* wp, int64_t n0, int64_t n1, const T* dp_out, int64_t dp_step, T* buffer, T* dwp,
-                  T* dbp) {
+void pos_backward(const Saved& in, const View& dpos, const T* wp, int64_t n0, int64_t n1, const T* dp_out, int64_t dp_step, T* dwp, T* dbp) {
   const int64_t D = in.shape.D;
   const auto dp_row = [&](int64_t n) { return reinterpret_cast<const T*>(reinterpret_cast<const char*>(dp_out) + (n - n0) * dp_step); };
   if (!in.pos_weight) {
-    for (int64_t n = n0; n < n1; ++n) write_row(dpos, n, dp_row(n), D);
+    for (int64_t n = n0; n < n1; ++n) write_row(dpos, 0, n, dp_row(n), D);
     return;
   }
   const Stream<T> stream = pos_stream<T>(in.pos, D);
-  const InputGradients<T, Also::sums> write_dpos(dpos.dtype, Dtype::absent);
+  const auto find = choose_grad_means<T>(arithmetic_dtype<T>, in.pos.dtype);
+  const auto accumulate = choose_accumulate<T>(arithmetic_dtype<T>, in.pos.dtype);
+  const InputGradients<T, true> write_dpos(arithmetic_dtype<T>, in.pos.dtype, Dtype::absent, false);
   visit_tokens<T>(n0, n1, D, [&](Group at, auto together) {
     constexpr int R = together.rows;
     RowMoments<T, R> m;
     GradRow<pack<T, R>> k;
     const T one[R] = {};
-    const Rows p = stream.get(at, together, false, one, T(in.pos_eps), buffer, m);
+    const Rows p = stream.get(at, together, false, one, T(in.pos_eps), nullptr, m);  // no branch, no buffer
     const Rows dp{const_cast<T*>(dp_row(at.n)), dp_step};
-    if (!dpos) return accumulate<T, R>(dp, p, m, dwp, {dbp}, padded<T>(D));
-    find_grad_means<T, T, T, R, false>(dp, nullptr, p, nullptr, wp, m, k, padded<T>(D), T(1) / T(D));
-    write_dpos(together, at.of(dpos), false, {}, dp, wp, p, m, k, nullptr, dwp, {dbp}, D);
+    if (!dpos) {
+      for (int r = 0; r < R; ++r) accumulate(dp[r], p[r], m.of(r), dwp, dbp, D);
+      return;
+    }
+    find.with(together)(dp, p, {}, wp, m, k, D, T(1) / T(D));
+    write_dpos(together, at.of(dpos), {}, false, {}, dp, wp, p, m, k, one, dwp, {dbp}, D);
   });
 }
 

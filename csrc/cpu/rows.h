@@ -1,9 +1,10 @@
-// What both operators do with rows: the first pass over a row, which brings it into L1 as T, and the loops that follow there.
+// What both operators do with rows: a first pass over a row, which finds its moments and brings it into L1, and a last one, which reads it
+// there again and writes the results.
 //
-// T is the dtype of the arithmetic: float, or double when everything is double. A row that is stored as T in a width that is a multiple
-// of Vec<T>::lanes is used where it lies. All others (16-bit formats, residual sums, ragged widths) go into a buffer of a few rows, which
-// stays in L1. So only first and last loads and stores know dtypes and ragged ends: buffered rows are padded to Dp, D rounded up to
-// lanes, with values that add nothing to any sum.
+// T is the dtype of the arithmetic: float, or double when everything is double. Both passes read rows where they lie, in their own dtype:
+// to widen 16-bit formats twice costs less than to store a copy as T in between. Only joined rows that stay nowhere else (h is not wanted,
+// or streamed past the caches) go into a buffer of a few rows. Sums and tables, which the kernels make themselves, are T and padded to
+// Dp, D rounded up to a multiple of Vec<T>::lanes; what lies in the pad is never written out.
 #pragma once
 
 namespace mpvg::MPVG_ISA {
@@ -101,14 +102,27 @@ struct Promote<None, None> {
   using type = float;
 };
 
+// The dtype of a branch's gradient where the stream is a V: F, which may be None. A stream in a 16-bit format has its branch's dtype; no
+// code is made for what does not occur.
+template <class T, class V, class F>
+struct BranchOf {
+  using type = V;
+};
+template <class T, class F>
+struct BranchOf<T, T, F> {
+  using type = F;
+};
+template <class T, class V>
+struct BranchOf<T, V, None> {
+  using type = None;
+};
+template <class T>
+struct BranchOf<T, T, None> {
+  using type = None;
+};
+
 template <class T>
 constexpr Dtype arithmetic_dtype = sizeof(T) == 8 ? Dtype::f64 : Dtype::f32;
-
-// Whether rows of `v` can be used where they lie.
-template <class T>
-MPVG_INLINE bool in_place(const View& v, int64_t D) {
-  return bytes(v.dtype) == sizeof(T) && D % Vec<T>::lanes == 0;
-}
 
 // Whether a call writes its (B, N, D) outputs past the caches. Worth it when its (B, N, D) tensors together are more than the last-level
 // cache will keep of them anyway: such stores save the reading of what they overwrite. Measured on one core of an EPYC with 32 MiB L3: 10 MB
@@ -143,9 +157,9 @@ MPVG_INLINE void read_row(T* dst, const View& src, int64_t n, int64_t D) {
   });
 }
 template <class T>
-MPVG_INLINE void write_row(const View& dst, int64_t n, const T* src, int64_t D) {
+MPVG_INLINE void write_row(const View& dst, int64_t b, int64_t n, const T* src, int64_t D) {
   with_dtype<T>(dst.dtype, [&](auto e) {
-    auto* p = static_cast<typename decltype(e)::type*>(dst.at(0, n));
+    auto* p = static_cast<typename decltype(e)::type*>(dst.at(b, n));
     over_row<T>(D, [&](int64_t i, auto size) { store(p + i, load<T>(src + i), size); });
   });
 }
@@ -236,6 +250,13 @@ MPVG_INLINE void over(int64_t D, F f) {
   }
 }
 
+// f(i, size) for each Vec of a row, or of R rows, which have no ragged ends.
+template <class T, int R, class F>
+MPVG_INLINE void over_whole(int64_t D, F f) {
+  if constexpr (R == 1) over_row<T>(D, f);
+  if constexpr (R > 1) over_padded<T>(D, [&](int64_t i) MPVG_LAMBDA { f(i, Whole{}); });
+}
+
 // Loops over several rows keep what they need of each in registers: copies that no store can be suspected to change.
 template <int R, class E>
 struct Each {
@@ -278,54 +299,50 @@ struct False {
 struct True {
   static constexpr bool value = true;
 };
-// f(Centre): whether any of the rows has an m1 to take off. For the others v - 0 is v, so a row's result does not depend on its company.
+// f(Centre): whether any of the rows has an m1 to take off. For the others v - 0 is v, so a row's result does not depend on its company. A
+// row that goes alone takes it off in any case: half the code.
 template <class T, int R, class F>
 MPVG_INLINE void by_centre(const RowMoments<T, R>& m, F f) {
-  __builtin_expect(m.all_centred, true) ? f(False{}) : f(True{});
+  if constexpr (R == 1) f(True{});
+  if constexpr (R > 1) __builtin_expect(m.all_centred, true) ? f(False{}) : f(True{});
 }
 
 // ---- forward: h = x + s * f, its moments, y = hhat * w + t ----
 
-// Moments by a second pass over a row in L1, for a row that is not `centred`. padded_row: the row lies in a buffer, whose pad is set so
-// that c is 0 there.
-template <class T>
-__attribute__((noinline)) Moments<T> centred_moments(const T* v, T* padded_row, T sum, int64_t D, T eps) {
+// Moments by a second pass over a row in L1, for a row that is not `centred`.
+template <class T, class V>
+__attribute__((noinline)) Moments<T> centred_moments(const V* v, T sum, int64_t D, T eps) {
   const T inv_D = T(1) / T(D), m1 = sum * inv_D;
-  const int64_t Dp = padded<T>(D);
-  for (int64_t i = D; padded_row && i < Dp; ++i) padded_row[i] = m1;
   Sum<T> s, ss;
-  over_padded<T>(Dp, [&](int64_t i) MPVG_LAMBDA {
-    const Vec<T> c = load<T>(v + i) - Vec<T>(m1);
-    s.add(c);              // sum(c)
-    ss.add_product(c, c);  // sum(c^2)
+  over_row<T>(D, [&](int64_t i, auto size) MPVG_LAMBDA {
+    const Vec<T> c = load<T>(v + i, size, m1) - Vec<T>(m1);  // ends are padded so that c is 0
+    s.add(c);                                                // sum(c)
+    ss.add_product(c, c);                                    // sum(c^2)
   });
   return moments(m1, s.total(), ss.total(), inv_D, eps);
 }
 
-// First pass over R rows of the stream. h is rounded to its dtype and kept, unless `h_rows` is empty; v, the rows as T, goes to `buffer`, unless
-// that is null because x is used in place.
+// First pass over R rows of the stream: their moments. Joined rows are rounded to their dtype and stored: to h_rows, unless that is empty,
+// and to v_rows, from which the next pass reads them, unless that is the same.
 template <class T, class X, class F, int R, bool SideBySide>
-void join_rows(Rows x_rows, Rows f_rows, Rows h_rows, T* buffer, bool streaming, const T* scales, int64_t D, T eps,
-               RowMoments<T, R>& m) {
-  using H = typename Promote<X, F>::type;
+void join_rows(Rows x_rows, Rows f_rows, Rows h_rows, Rows v_rows, bool streaming, const T* scales, int64_t D, T eps, RowMoments<T, R>& m) {
+  using V = typename Promote<X, F>::type;
   constexpr bool joined = !__is_same(F, None);
   using F_ = typename Promote<F, None>::type;  // F itself
   const auto x = each<R, const X>(x_rows);
   const auto f = each<R, const F_>(f_rows);
-  const auto h = each<R, H>(h_rows);
-  const int64_t Dp = padded<T>(D);
-  const bool keep = bool(h_rows);
-  Sum<T> s[R], ss[R];
+  const auto h = each<R, V>(h_rows), v = each<R, V>(v_rows);
+  const bool keep = bool(h_rows), buffered = v_rows.first != h_rows.first;
+  Sum<T> s[R], ss[R];  // sum(v), sum(v^2)
   over<T, R, SideBySide>(D, [&](int64_t i, auto size, int r) MPVG_LAMBDA {
-    Vec<T> v = load<T>(x[r] + i, size);
     if constexpr (joined) {
-      v = fma(Vec<T>(scales[r]), load<T>(f[r] + i, size), v);
-      if (keep) put(h[r] + i, v, size, streaming);
-      if constexpr (sizeof(H) == 2) v = rounded<H>(v);
+      const Vec<T> v_i = fma(Vec<T>(scales[r]), load<T>(f[r] + i, size), load<T>(x[r] + i, size));
+      if (keep) put(h[r] + i, v_i, size, streaming);
+      if (buffered) store(v[r] + i, v_i, size);
+      add_moments<V>(s[r], ss[r], v_i);
+    } else {
+      add_moments(s[r], ss[r], x[r] + i, size);
     }
-    s[r].add(v);              // sum(v)
-    ss[r].add_product(v, v);  // sum(v^2)
-    if (joined || buffer) store(buffer + r * Dp + i, v);
   });
   const T inv_D = T(1) / T(D);
   const pack<T, R> sum = totals<T, R>(s), sum_sq = totals<T, R>(ss);
@@ -333,24 +350,24 @@ void join_rows(Rows x_rows, Rows f_rows, Rows h_rows, T* buffer, bool streaming,
   const pack<T, R> var = variance(m.m2, sum_sq, inv_D);
   m.all_centred = true;
   each_row<R>([&](int r) MPVG_LAMBDA { m.all_centred &= centred(at(m.m2, r), at(var, r), at(m.rstd, r)); });
-  for (int r = 0; !m.all_centred && r < R; ++r) {
-    if (centred(at(m.m2, r), at(var, r), at(m.rstd, r))) continue;
-    T* const row = buffer ? buffer + r * Dp : nullptr;
-    m.set_row(r, centred_moments(row ? row : reinterpret_cast<const T*>(x[r]), row, at(sum, r), D, eps));
-  }
+  for (int r = 0; !m.all_centred && r < R; ++r)
+    if (!centred(at(m.m2, r), at(var, r), at(m.rstd, r))) m.set_row(r, centred_moments<T, V>(v[r], at(sum, r), D, eps));
 }
 
 // Last pass:  y = vhat * w + t, side by side
-template <class T, class Y, int R>
+template <class T, class Y, class V, int R>
 void affine_rows(Rows y_rows, bool streaming, Rows v_rows, const RowMoments<T, R>& m, const T* w, const T* t, int64_t D) {
   by_centre(m, [&](auto centring) MPVG_LAMBDA {
     constexpr bool Centre = centring.value;
     const auto y = each<R, Y>(y_rows);
-    const auto v = each<R, const T>(v_rows);
+    const auto v = each<R, const V>(v_rows);
     const auto m1 = m.m1, rstd = m.rstd, shift = -m.m2 * rstd;
-    over<T, R, true>(D, [&](int64_t i, auto size, int r) MPVG_LAMBDA {
-      const Vec<T> vhat = fma(centre<Centre>(load<T>(v[r] + i), at(m1, r)), Vec<T>(at(rstd, r)), Vec<T>(at(shift, r)));
-      put(y[r] + i, fma(vhat, load<T>(w + i), load<T>(t + i)), size, streaming);
+    over_whole<T, R>(D, [&](int64_t i, auto size) MPVG_LAMBDA {
+      const Vec<T> w_i = load<T>(w + i), t_i = load<T>(t + i);
+      each_row<R>([&](int r) MPVG_LAMBDA {
+        const Vec<T> vhat = fma(centre<Centre>(load<T>(v[r] + i, size), at(m1, r)), Vec<T>(at(rstd, r)), Vec<T>(at(shift, r)));
+        put(y[r] + i, fma(vhat, w_i, t_i), size, streaming);
+      });
     });
   });
 }
@@ -369,15 +386,27 @@ struct ByRows {
 template <class One, class Group>
 ByRows(One, Group, Group) -> ByRows<One, Group>;
 
+template <class T>
+auto choose_affine(Dtype y, Dtype v) {
+  return with_dtype<T>(y, [&](auto y) {
+    return with_dtype<T>(v, [&](auto v) {
+      using Y = typename decltype(y)::type;
+      using V = typename decltype(v)::type;
+      return ByRows{&affine_rows<T, Y, V, 1>, &affine_rows<T, Y, V, kTogether>, &affine_rows<T, Y, V, kTogether>};
+    });
+  });
+}
+
 // The joined stream, some rows at a time, and its moments.
 template <class T>
 struct Stream {
   View x, f, h;
+  Dtype dtype;  // of its rows
   int64_t D;
-  bool direct;
   ByRows<decltype(&join_rows<T, T, None, 1, false>), decltype(&join_rows<T, T, None, kTogether, false>)> join;
 
-  Stream(const Inputs& in, const View& h) : x(in.x), f(in.branch), h(h), D(in.shape.D), direct(!f && in_place<T>(x, D)) {
+  Stream(const Inputs& in, const View& h)
+      : x(in.x), f(in.branch), h(h), dtype(!f || f.dtype == x.dtype ? x.dtype : arithmetic_dtype<T>), D(in.shape.D) {
     with_dtype<T>(x.dtype, [&](auto x_type) {
       with_optional_dtype<T>(f.dtype, [&](auto f_type) {
         using X = typename decltype(x_type)::type;
@@ -386,12 +415,13 @@ struct Stream {
       });
     });
   }
-  // The group's rows v, in place or in `buffer`; their moments in m.
+  // The group's rows v, where they lie or, if h is not kept or is streamed out, in `buffer`; their moments in m.
   template <int R, bool Samples>
   MPVG_INLINE Rows get(Group at, Together<R, Samples> together, bool streaming, const T* s, T eps, T* buffer, RowMoments<T, R>& m) const {
-    const Rows x_rows = at.of(x);
-    join.with(together)(x_rows, at.of(f), at.of(h), direct ? nullptr : buffer, streaming, s, D, eps, m);
-    return direct ? x_rows : Rows{buffer, padded<T>(D) * int64_t(sizeof(T))};
+    const Rows x_rows = at.of(x), h_rows = at.of(h);
+    const Rows v = !f ? x_rows : h && !streaming ? h_rows : Rows{buffer, padded<T>(D) * int64_t(sizeof(T))};
+    join.with(together)(x_rows, at.of(f), h_rows, v, streaming, s, D, eps, m);
+    return v;
   }
 };
 
@@ -423,44 +453,50 @@ MPVG_INLINE RowMoments<T, R> saved_moments(Group at_rows, int64_t N, const T* me
 }
 
 // sum += vhat, over R rows
-template <class T, int R>
-MPVG_INLINE void add_normalised(T* sum, Rows v_rows, const RowMoments<T, R>& m, int64_t Dp) {
+template <class T, class V, int R>
+void add_normalised(T* sum, Rows v_rows, const RowMoments<T, R>& m, int64_t D) {
   by_centre(m, [&](auto centring) MPVG_LAMBDA {
     constexpr bool Centre = centring.value;
-    const auto v = each<R, const T>(v_rows);
+    const auto v = each<R, const V>(v_rows);
     const auto m1 = m.m1, rstd = m.rstd, shift = -m.m2 * rstd;
-    over_padded<T>(Dp, [&](int64_t i) MPVG_LAMBDA {
+    over_whole<T, R>(D, [&](int64_t i, auto size) MPVG_LAMBDA {
       Vec<T> a = load<T>(sum + i);
       each_row<R>([&](int r) MPVG_LAMBDA {
-        a = a + fma(centre<Centre>(load<T>(v[r] + i), at(m1, r)), Vec<T>(at(rstd, r)), Vec<T>(at(shift, r)));
+        a = a + fma(centre<Centre>(load<T>(v[r] + i, size), at(m1, r)), Vec<T>(at(rstd, r)), Vec<T>(at(shift, r)));
       });
       store(sum + i, a);
     });
   });
 }
+template <class T>
+auto choose_add_normalised(Dtype v) {
+  return with_dtype<T>(v, [&](auto v) {
+    using V = typename decltype(v)::type;
+    return ByRows{&add_normalised<T, V, 1>, &add_normalised<T, V, kTogether>, &add_normalised<T, V, kTogether>};
+  });
+}
 
-// ---- backward: dv = s * (dh + rstd * (g - mean(g) - vhat * mean(g * vhat))), g = dy * w ----
+// ---- backward: dv = dh + rstd * (g - mean(g) - vhat * mean(g * vhat)), g = dy * w;  df = s * dv ----
 
-// First pass over R rows v (of dtype V) whose mean and rstd are known: brings dy (of dtype G) and v into their buffers, unless these are
-// null because rows are used in place; finds the rest of their moments and their means.
+// First pass over R rows v (of dtype V) whose mean and rstd are known, and their dy (of dtype G): the rest of their moments, and their means.
+// dh, which only the last pass reads, is brought into L2 on the way. (Tried: into L1, or not at all, up to 1.15 times slower.)
 template <class T, class G, class V, int R, bool SideBySide>
-void find_grad_means(Rows dy_rows, T* dy_buffer, Rows v_rows, T* v_buffer, const T* w, RowMoments<T, R>& m, GradRow<pack<T, R>>& grad,
-                     int64_t D, T inv_D) {
-  const int64_t Dp = padded<T>(D);
+void find_grad_means(Rows dy_rows, Rows v_rows, Rows dh_rows, const T* w, RowMoments<T, R>& m, GradRow<pack<T, R>>& grad, int64_t D,
+                     T inv_D) {
   by_centre(m, [&](auto centring) MPVG_LAMBDA {
     constexpr bool Centre = centring.value;
     const auto dy = each<R, const G>(dy_rows);
-    const auto v = each<R, const V>(v_rows);
+    const auto v = each<R, const V>(v_rows), dh = each<R, const V>(dh_rows);
+    const bool has_dh = bool(dh_rows);
     const auto m1 = m.m1;
     Sum<T> s_c[R], s_g[R], s_gc[R];
     over<T, R, SideBySide>(D, [&](int64_t i, auto size, int r) MPVG_LAMBDA {
-      const Vec<T> dy_i = load<T>(dy[r] + i, size), v_i = load<T>(v[r] + i, size, at(m1, r));  // ends are padded so that c is 0
-      const Vec<T> c = centre<Centre>(v_i, at(m1, r)), g = dy_i * load<T>(w + i);
+      const Vec<T> v_i = load<T>(v[r] + i, size, at(m1, r));  // ends are padded so that c is 0
+      const Vec<T> c = centre<Centre>(v_i, at(m1, r)), g = load<T>(dy[r] + i, size) * load<T>(w + i);
+      if (has_dh) prefetch<Vec<T>::lanes>(dh[r] + i);
       if constexpr (Centre) s_c[r].add(c);  // sum(c)
       s_g[r].add(g);                        // sum(g)
       s_gc[r].add_product(g, c);            // sum(g * c)
-      if (dy_buffer) store(dy_buffer + r * Dp + i, dy_i);
-      if (v_buffer) store(v_buffer + r * Dp + i, v_i);
     });
     if constexpr (Centre) m.m2 = m1 == T(0) ? m.m2 : totals<T, R>(s_c) * inv_D;
     grad = grad_row<pack<T, R>>(m, grad_means<pack<T, R>>(m, totals<T, R>(s_g), totals<T, R>(s_gc), inv_D));
@@ -479,84 +515,89 @@ auto choose_grad_means(Dtype dy, Dtype v) {
   });
 }
 
-// Last pass, side by side: dv in its dtype, from dh (dtype DH, which may be None). What else it does:
-enum class Also {
-  nothing,
-  scale,  // dv *= s, each row by its own
-  sums,   // dw += dy * vhat;  sum += dy
-};
-template <class T, class DV, class DH, int R, Also also>
-void input_gradients(Rows dv_rows, bool streaming, Rows dh_rows, Rows dy_rows, const T* w, Rows v_rows, const RowMoments<T, R>& m,
-                     const GradRow<pack<T, R>>& grad, const T* scales, T* dw, T* sum, int64_t D) {
-  constexpr bool has_dh = !__is_same(DH, None), Sums = also == Also::sums;
-  using DH_ = typename Promote<DH, None>::type;
+// Last pass, side by side: dv in the dtype of v, from dh of the same (if HasDh); df in its own, unless that is None. With Sums also
+// dw += dy * vhat and sum += dy.
+template <class T, class G, class V, class DF, bool HasDh, bool Sums, int R>
+void input_gradients(Rows dv_rows, Rows df_rows, bool streaming, Rows dh_rows, Rows dy_rows, const T* w, Rows v_rows,
+                     const RowMoments<T, R>& m, const GradRow<pack<T, R>>& grad, const T* scales, T* dw, T* sum, int64_t D) {
+  constexpr bool has_df = !__is_same(DF, None);
+  using DF_ = typename Promote<DF, None>::type;
   by_centre(m, [&](auto centring) MPVG_LAMBDA {
     constexpr bool Centre = centring.value;
-    const auto dv = each<R, DV>(dv_rows);
-    const auto dh = each<R, const DH_>(dh_rows);
-    const auto dy = each<R, const T>(dy_rows), v = each<R, const T>(v_rows);
-    const auto s = each<also == Also::scale ? R : 0>(scales);
+    const auto dv = each<R, V>(dv_rows);
+    const auto df = each<R, DF_>(df_rows);
+    const auto dh = each<R, const V>(dh_rows), v = each<R, const V>(v_rows);
+    const auto dy = each<R, const G>(dy_rows);
+    const auto s = each<has_df ? R : 0>(scales);
     const auto m1 = m.m1, rstd = m.rstd, shift = -m.m2 * rstd, q = grad.q, k = grad.k;
-    const auto at_each = [&](int64_t i, auto size) MPVG_LAMBDA {
+    over_whole<T, R>(D, [&](int64_t i, auto size) MPVG_LAMBDA {
       const Vec<T> w_i = load<T>(w + i);
       Vec<T> dw_i, sum_i;
       if constexpr (Sums) dw_i = load<T>(dw + i), sum_i = load<T>(sum + i);
       each_row<R>([&](int r) MPVG_LAMBDA {
-        const Vec<T> dy_i = load<T>(dy[r] + i), c = centre<Centre>(load<T>(v[r] + i), at(m1, r)), scale(at(rstd, r));
+        const Vec<T> dy_i = load<T>(dy[r] + i, size), c = centre<Centre>(load<T>(v[r] + i, size), at(m1, r)), scale(at(rstd, r));
         Vec<T> d = fma(c, Vec<T>(at(k, r)), dy_i * w_i - Vec<T>(at(q, r)));
-        if constexpr (has_dh) d = fma(scale, d, load<T>(dh[r] + i, size));
-        if constexpr (!has_dh) d = scale * d;
-        if constexpr (also == Also::scale) d = Vec<T>(s[r]) * d;
+        if constexpr (HasDh) d = fma(scale, d, load<T>(dh[r] + i, size));
+        if constexpr (!HasDh) d = scale * d;
         put(dv[r] + i, d, size, streaming);
+        if constexpr (has_df) put(df[r] + i, Vec<T>(s[r]) * d, size, streaming);
         if constexpr (Sums) dw_i = fma(dy_i, fma(c, scale, Vec<T>(at(shift, r))), dw_i), sum_i = sum_i + dy_i;
       });
       if constexpr (Sums) store(dw + i, dw_i), store(sum + i, sum_i);
-    };
-    if constexpr (R == 1) over_row<T>(D, at_each);
-    if constexpr (R > 1) over_padded<T>(D, [&](int64_t i) MPVG_LAMBDA { at_each(i, Whole{}); });
+    });
   });
 }
-template <class T, Also also>
+template <class T, bool Sums>
 struct InputGradients {
-  decltype(&input_gradients<T, T, None, 1, also>) one;
-  decltype(&input_gradients<T, T, None, kTogether, also>) group;
+  decltype(&input_gradients<T, T, T, None, false, Sums, 1>) one;
+  decltype(&input_gradients<T, T, T, None, false, Sums, kTogether>) group;
 
-  InputGradients(Dtype dv, Dtype dh) {
-    with_dtype<T>(dv, [&](auto v) {
-      with_optional_dtype<T>(dh, [&](auto h) {
-        using DV = typename decltype(v)::type;
-        using DH = typename decltype(h)::type;
-        one = &input_gradients<T, DV, DH, 1, also>, group = &input_gradients<T, DV, DH, kTogether, also>;
+  InputGradients(Dtype dy, Dtype v, Dtype df, bool has_dh) {
+    with_dtype<T>(dy, [&](auto g) {
+      with_dtype<T>(v, [&](auto v) {
+        with_optional_dtype<T>(df, [&](auto f) {
+          using G = typename decltype(g)::type;
+          using V = typename decltype(v)::type;
+          using DF = typename BranchOf<T, V, typename decltype(f)::type>::type;
+          if (has_dh) {
+            one = &input_gradients<T, G, V, DF, true, Sums, 1>, group = &input_gradients<T, G, V, DF, true, Sums, kTogether>;
+          } else {
+            one = &input_gradients<T, G, V, DF, false, Sums, 1>, group = &input_gradients<T, G, V, DF, false, Sums, kTogether>;
+          }
+        });
       });
     });
   }
   // sum_rows: the same row for all samples, but one for each token unless their step is 0
   template <int R, bool Samples>
-  MPVG_INLINE void operator()(Together<R, Samples>, Rows dv, bool streaming, Rows dh, Rows dy, const T* w, Rows v, const RowMoments<T, R>& m,
-                              const GradRow<pack<T, R>>& grad, const T* scales, T* dw, Rows sum, int64_t D) const {
-    if constexpr (R > 1 && (Samples || also != Also::sums)) {
-      group(dv, streaming, dh, dy, w, v, m, grad, scales, dw, static_cast<T*>(sum.first), D);
+  MPVG_INLINE void operator()(Together<R, Samples>, Rows dv, Rows df, bool streaming, Rows dh, Rows dy, const T* w, Rows v,
+                              const RowMoments<T, R>& m, const GradRow<pack<T, R>>& grad, const T* scales, T* dw, Rows sum, int64_t D) const {
+    if constexpr (R > 1 && (Samples || !Sums)) {
+      group(dv, df, streaming, dh, dy, w, v, m, grad, scales, dw, static_cast<T*>(sum.first), D);
     } else {
       for (int r = 0; r < R; ++r)
-        one(dv.from(r), streaming, dh.from(r), dy.from(r), w, v.from(r), m.one(r), {at(grad.q, r), at(grad.k, r)},
+        one(dv.from(r), df.from(r), streaming, dh.from(r), dy.from(r), w, v.from(r), m.one(r), {at(grad.q, r), at(grad.k, r)},
             scales ? scales + r : nullptr, dw, static_cast<T*>(sum.from(r).first), D);
     }
   }
 };
 
-// The sums alone, of which dw or sum may be absent.
-template <class T, int R>
-MPVG_INLINE void accumulate(Rows dy_rows, Rows v_rows, const RowMoments<T, R>& m, T* dw, Rows sum_rows, int64_t Dp) {
-  for (int r = 0; r < R; ++r) {
-    const T* const dy = static_cast<const T*>(dy_rows[r]);
-    const T* const v = static_cast<const T*>(v_rows[r]);
-    const Moments<T> own = m.of(r);
-    if (sum_rows) add_row(static_cast<T*>(sum_rows[r]), dy, Dp);
-    if (!dw) continue;
-    over_padded<T>(Dp, [&](int64_t i) MPVG_LAMBDA {
-      store(dw + i, fma(load<T>(dy + i), normalised(load<T>(v + i), own), load<T>(dw + i)));
-    });
-  }
+// The sums alone, for one row.
+template <class T, class G, class V>
+void accumulate(const void* dy_row, const void* v_row, Moments<T> m, T* dw, T* sum, int64_t D) {
+  const auto* dy = static_cast<const G*>(dy_row);
+  const auto* v = static_cast<const V*>(v_row);
+  over_row<T>(D, [&](int64_t i, auto size) MPVG_LAMBDA {
+    const Vec<T> dy_i = load<T>(dy + i, size);
+    store(dw + i, fma(dy_i, normalised(load<T>(v + i, size), m), load<T>(dw + i)));
+    store(sum + i, load<T>(sum + i) + dy_i);
+  });
+}
+template <class T>
+auto choose_accumulate(Dtype dy, Dtype v) {
+  return with_dtype<T>(dy, [&](auto g) {
+    return with_dtype<T>(v, [&](auto v) { return &accumulate<T, typename decltype(g)::type, typename decltype(v)::type>; });
+  });
 }
 
 }  // namespace mpvg::MPVG_ISA

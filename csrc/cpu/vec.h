@@ -147,6 +147,25 @@ MPVG_INLINE void store_half(E* p, reg<float> v) {
   store_reg<uint16_t, kHalf>(p, narrow(v, E{}));
 }
 
+// A Vec<float> in a 16-bit format: one register.
+template <class E>
+MPVG_INLINE reg<uint16_t> stored(Vec<float> v) {
+  struct {
+    bits16 a, b;
+  } both = {narrow(v.a, E{}), narrow(v.b, E{})};
+#if MPVG_VECTOR_BYTES == 64
+  return (reg<uint16_t>)_mm512_inserti64x4(_mm512_castsi256_si512((__m256i)both.a), (__m256i)both.b, 1);
+#else
+  return load_reg<uint16_t, MPVG_VECTOR_BYTES>(&both);
+#endif
+}
+#ifdef MPVG_AVX512_BF16
+template <>
+MPVG_INLINE reg<uint16_t> stored<bf16>(Vec<float> v) {
+  return (reg<uint16_t>)_mm512_cvtne2ps_pbh((__m512)v.b, (__m512)v.a);
+}
+#endif
+
 // ---- a whole Vec, and the n < lanes elements that end a row ----
 
 struct Whole {};
@@ -156,6 +175,14 @@ struct Part {
 
 template <class T, class E>
 MPVG_INLINE Vec<T> load(const E* p, Whole = {}) {
+#if MPVG_VECTOR_BYTES == 64
+  if constexpr (__is_same(E, bf16)) {  // a permutation into the upper halves: one instruction a register, where widen() takes two
+    const reg<uint32_t> place = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    const auto bits = (__m512i)load_reg<uint16_t, MPVG_VECTOR_BYTES>(p);
+    return {(reg<float>)_mm512_maskz_permutexvar_epi16(0xaaaaaaaa, (__m512i)(place << 16), bits),
+            (reg<float>)_mm512_maskz_permutexvar_epi16(0xaaaaaaaa, (__m512i)((place + 16) << 16), bits)};
+  }
+#endif
   return {load_half(p), load_half(p + Vec<T>::half)};
 }
 template <class T, class E>
@@ -179,8 +206,12 @@ MPVG_INLINE Vec<T> load(const E* p, Part part, T pad) {
 }
 template <class T, class E>
 MPVG_INLINE void store(E* p, Vec<T> v, Whole = {}) {
-  store_half(p, v.a);
-  store_half(p + Vec<T>::half, v.b);
+  if constexpr (sizeof(E) == sizeof(T)) {
+    store_half(p, v.a);
+    store_half(p + Vec<T>::half, v.b);
+  } else {
+    store_reg<uint16_t, MPVG_VECTOR_BYTES>(p, stored<E>(v));
+  }
 }
 template <class T, class E>
 MPVG_INLINE void store(E* p, Vec<T> v, Part part) {
@@ -207,14 +238,7 @@ MPVG_INLINE void stream(E* p, Vec<T> v) {
     stream_reg(p, (reg<int64_t>)v.a);
     stream_reg(p + Vec<T>::half, (reg<int64_t>)v.b);
   } else {
-    struct {
-      bits16 a, b;
-    } both = {narrow(v.a, E{}), narrow(v.b, E{})};
-#if MPVG_VECTOR_BYTES == 64
-    stream_reg(p, (reg<int64_t>)_mm512_inserti64x4(_mm512_castsi256_si512((__m256i)both.a), (__m256i)both.b, 1));
-#else
-    stream_reg(p, load_reg<int64_t, MPVG_VECTOR_BYTES>(&both));
-#endif
+    stream_reg(p, (reg<int64_t>)stored<E>(v));
   }
 }
 MPVG_INLINE void end_stream() {
@@ -231,6 +255,12 @@ MPVG_INLINE void put(E* p, Vec<T> v, Whole, bool streaming) {
 template <class T, class E>
 MPVG_INLINE void put(E* p, Vec<T> v, Part part, bool) {
   store(p, v, part);
+}
+
+// Asks for n elements from p on to be brought into L2.
+template <int64_t n, class E>
+MPVG_INLINE void prefetch(const E* p) {
+  for (int64_t i = 0; i < n; i += 64 / sizeof(E)) __builtin_prefetch(p + i, 0, 2);
 }
 
 // v rounded to the 16-bit format E
@@ -360,5 +390,32 @@ MPVG_INLINE pack<T, R> totals(const Sum<T> (&s)[R]) {
   each_row<R>([&](int r) MPVG_LAMBDA { lanes[r] = s[r].lanes.a + s[r].lanes.b; });
   return lane_sums<T, R>(lanes);
 }
+
+// s += v and ss += v * v, for a Vec of a row of dtype E: one that lies in memory, or one on its way there.
+template <class T, class E, class Size>
+MPVG_INLINE void add_moments(Sum<T>& s, Sum<T>& ss, const E* p, Size size) {
+  const Vec<T> v = load<T>(p, size);
+  s.add(v), ss.add_product(v, v);
+}
+template <class E, class T>
+MPVG_INLINE void add_moments(Sum<T>& s, Sum<T>& ss, Vec<T> v) {
+  if constexpr (sizeof(E) == 2) v = rounded<E>(v);
+  s.add(v), ss.add_product(v, v);
+}
+#ifdef MPVG_AVX512_BF16
+// In pairs, without widening: the products are exact in fp32. Takes subnormal bf16 as zero.
+MPVG_INLINE void add_moments(Sum<float>& s, Sum<float>& ss, reg<uint16_t> v) {
+  const reg<uint16_t> one = reg<uint16_t>{} + uint16_t(0x3f80);
+  s.lanes.a = (reg<float>)_mm512_dpbf16_ps((__m512)s.lanes.a, (__m512bh)v, (__m512bh)one);
+  ss.lanes.a = (reg<float>)_mm512_dpbf16_ps((__m512)ss.lanes.a, (__m512bh)v, (__m512bh)v);
+}
+MPVG_INLINE void add_moments(Sum<float>& s, Sum<float>& ss, const bf16* p, Whole) {
+  add_moments(s, ss, load_reg<uint16_t, MPVG_VECTOR_BYTES>(p));
+}
+template <>
+MPVG_INLINE void add_moments<bf16>(Sum<float>& s, Sum<float>& ss, Vec<float> v) {
+  add_moments(s, ss, stored<bf16>(v));
+}
+#endif
 
 }  // namespace mpvg::MPVG_ISA

@@ -13,9 +13,9 @@ scheme="gap" the model is timm's own with the table added to the patches, on the
 The papers say that Swin pools, and that its layer 0 takes a PE under pvg and mpvg. They do not say how a PE gets from
 one stage to the next. Ours:
 
-- Layers count over all stages: `mpvg(last=8)` is the seventh layer of Swin-T's third stage.
+- Layers count over all stages: `mpvg(last=8)` is the fifth layer of Swin-T's third stage.
 - A PE goes through the PatchMerging that the tokens go through, with the same weights; nothing is added to the model.
-- What names the table itself beyond the first stage (the last LayerNorm's pos_0, hierarchical=False, join=share) means
+- Where a later stage is given the table itself (the last LayerNorm's pos_0, hierarchical=False, join=share), that is
   pos_0 through the PatchMergings alone. pos_k for the last LayerNorm is the PE that layer k received, through the
   PatchMergings after it.
 - Under join=unshare a layer's own table has the grid and the width of its stage.

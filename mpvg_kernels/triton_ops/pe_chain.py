@@ -27,7 +27,6 @@ from .tiles import (
     Launch,
     add,
     columns,
-    kept,
     layer_norm_grad,
     load,
     load_vector,
@@ -58,10 +57,10 @@ def affine(vhat, w_LD, b_LD, layer, T: tl.constexpr, cols, D: tl.constexpr):
 
 
 @triton.jit
-def row_norm(v, live, cols, D: tl.constexpr, eps):
-    """(vhat, rstd); zero in rows past the end, which must not count in sums."""
+def row_norm(v, cols, D: tl.constexpr, eps):
+    """(vhat, rstd); anything in rows past the end, which are in no sum."""
     c, _, m2, rstd = row_statistics(v, cols, D, eps)
-    return kept(normalized(c, m2, rstd), live), rstd
+    return normalized(c, m2, rstd), rstd
 
 
 @triton.jit(do_not_specialize=["L", "K"])
@@ -75,10 +74,10 @@ def forward_kernel(
     live = k < K
     v = load(pos_KD, k * D, live, cols, D)
     if not HIERARCHICAL:
-        v, _ = row_norm(v, live, cols, D, eps)
+        v, _ = row_norm(v, cols, D, eps)
     for layer in tl.range(L, num_stages=STAGES):
         if HIERARCHICAL:
-            vhat, _ = row_norm(v, live, cols, D, eps)
+            vhat, _ = row_norm(v, cols, D, eps)
             v = affine(vhat, w_LD, b_LD, layer, T, cols, D)
             out = v
         else:
@@ -100,7 +99,7 @@ def backward_kernel(
     grad = zeros(T, cols)
     if HIERARCHICAL:
         for layer in tl.range(L, num_stages=STAGES):
-            vhat, rstd = row_norm(v, live, cols, D, eps)
+            vhat, rstd = row_norm(v, cols, D, eps)
             row = tl.cast(layer, tl.int64) * K + k
             store(vhat_LKD, row * D, live, cols, D, vhat)
             tl.store(rstd_LK + row, rstd, mask=live)
@@ -117,7 +116,7 @@ def backward_kernel(
             g = mul(grad, load_layer(w_LD, layer, T, cols, D))
             grad = scaled(layer_norm_grad(g, vhat, 0.0, 1.0, D), rstd)  # of a row with mean 0 and rstd 1, then of v
     else:
-        vhat, rstd = row_norm(v, live, cols, D, eps)
+        vhat, rstd = row_norm(v, cols, D, eps)
         if vhat_LKD is not None:
             store(vhat_LKD, k * D, live, cols, D, vhat)
         for layer in tl.range(L, num_stages=STAGES):

@@ -52,8 +52,8 @@ class LaunchRules:
     finishing: LoopRules = field(default=LoopRules(threads=384, warps=1))
     # Their loops are short and have little work in them: latency is all that counts.
     finishing_stages: int = 6
-    # pe_chain's loop over layers: a layer's work takes as long as its loads, so that two ahead are enough, and each more
-    # is a second of compilation. What is ahead stays within so much shared memory: one layer of 8192 columns.
+    # pe_chain's loop over layers: a layer's work takes about as long as its loads, so that two ahead are enough; each
+    # more takes a second to compile. What is ahead stays within so much shared memory: one layer of 8192 columns.
     chain_stages: int = 3
     chain_bytes: int = 96 << 10
     # Rows that don't start at a multiple of 16 elements are read one element at a time, by an address for each.
