@@ -1,5 +1,6 @@
 """Loading: what converts into which scheme, the one line that says so, strictness, and files that can't be read."""
 
+import argparse
 import logging
 import re
 
@@ -131,7 +132,7 @@ def test_load_checkpoint(name, tmp_path):
     if name == "folder":
         timm.models.save_for_hf(source, path, safe_serialization=True)
     elif name.endswith("pth"):
-        torch.save({"model": source.state_dict()}, path)
+        torch.save({"model": source.state_dict(), "args": argparse.Namespace(lr=1e-3)}, path)
     else:
         safetensors.torch.save_file(source.state_dict(), path)
     load_checkpoint(model, path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
 import re
 from collections.abc import Iterable, Mapping
@@ -69,7 +70,8 @@ def checkpoint_filter_fn(
             own if the number of rows says so.
         new_pos_norms: how PE LayerNorms that the checkpoint has not start. "identity": scale 1 and shift 0, as in
             training from scratch. "zero": scale 0 and shift 0, so that the model computes what the checkpoint's did,
-            if that pooled as this scheme does and add_to_input is the same; training moves the shifts first.
+            if that pooled as this scheme does and add_to_input is the same. Of a chain of them, all but the first then
+            have a constant input: their shifts learn first.
 
     Raises:
         ValueError: the grid of the checkpoint's table is not known, or does not fit the table.
@@ -269,7 +271,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         if path.suffix == ".safetensors":
             found = safetensors.torch.load_file(path)
         else:
-            found = torch.load(path, map_location="cpu", weights_only=True)
+            with torch.serialization.safe_globals([argparse.Namespace]):  # DeiT's scripts save theirs
+                found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # safetensors' and pickle's own types, OSError, RuntimeError for a broken archive
         reason = str(error).strip().partition("\n")[0].rstrip(". ") or type(error).__name__
         raise ValueError(f"{path} can't be read as {kind} ({reason}); it may be cut off or of another format") from None
