@@ -78,6 +78,25 @@ def test_same_function_on_every_backend(model, backend, device):
     torch.testing.assert_close(found_grads, expected_grads, rtol=1e-3, atol=1e-2)
 
 
+@pytest.mark.skipif("cpp" not in mk.available_backends("cpu"), reason="needs the CPU kernels")
+@pytest.mark.parametrize("model", ["token", "gap", "distilled", "dinov2"])
+def test_accuracy_rule_holds_for_the_model(model):
+    """Outputs, and all gradients as one vector: no further from fp64 than timm's own by more than the rule allows."""
+    theirs, ours = (m.eval() for m in pair(model))
+    exact = copy.deepcopy(theirs).double()
+    image = torch.randn(16, 3, 16, 16)
+
+    def both(m, image):
+        outputs, grads = step(m, image)
+        return outputs.detach().double(), torch.cat([g.flatten().double() for g in grads.values()])
+
+    with mk.use_backend("cpp"):
+        results = zip(both(ours, image), both(theirs, image), both(exact, image.double()), strict=True)
+    for found, plain, expected in results:
+        bound = 1.25 * (plain - expected).norm() + torch.finfo(torch.float32).eps * expected.norm()
+        assert (found - expected).norm() <= bound
+
+
 @pytest.mark.parametrize("model", MODELS)
 def test_parameters_are_the_very_same(model):
     name, options = MODELS[model]
@@ -119,11 +138,16 @@ def test_checkpointing_and_masks(model):
     theirs, ours = pair(model, drop_path_rate=0.5)
     image = torch.randn(3, 3, 16, 16, dtype=torch.float64)
     theirs, ours = theirs.double(), ours.double()
-    outputs, grads = step(ours, image)
-    ours.zero_grad()
-    ours.set_grad_checkpointing()
-    again = step(ours, image)
-    torch.testing.assert_close(again, (outputs, grads), rtol=1e-9, atol=1e-10)
+    kept, results = [], []
+    for enable in (False, True):
+        ours.zero_grad()
+        ours.set_grad_checkpointing(enable)
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: saved.append(1) or t, lambda t: t):
+            results.append(step(ours, image))
+        kept.append(len(saved))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-9, atol=1e-10)
+    assert kept[1] < kept[0] / 2
     ours.set_grad_checkpointing(False)
     with mk.use_backend("reference"), torch.no_grad():
         ours.eval(), theirs.eval()

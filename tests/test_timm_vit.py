@@ -22,7 +22,7 @@ OPTIONS = {
     "plain": {},
     "registers": dict(reg_tokens=2),
     "dinov2": dict(reg_tokens=2, no_embed_class=True, init_values=0.1, mlp_layer=SwiGLUPacked, act_layer="silu"),
-    "swiglu": dict(mlp_layer=SwiGLU, act_layer="silu", mlp_ratio=2.7, scale_mlp_norm=True),
+    "swiglu": dict(mlp_layer=SwiGLU, act_layer="silu", embed_dim=28, mlp_ratio=2.2, scale_mlp_norm=True),
     "qk_norm": dict(qk_norm=True, scale_attn_norm=True, qkv_bias=False, proj_bias=False),
     "clip": dict(pre_norm=True, norm_layer="layernorm", act_layer="quick_gelu", num_classes=0),
     "dynamic": dict(dynamic_img_size=True, dynamic_img_pad=True, img_size=(16, 24), in_chans=1),
