@@ -3,12 +3,13 @@
 import copy
 import functools
 import logging
+from functools import partial
 
 import pytest
 import timm
 import torch
 from test_mpvg_vit import randomise
-from timm.layers import SwiGLU, SwiGLUPacked
+from timm.layers import GatedMlp, GluMlp, SwiGLU, SwiGLUPacked
 from timm.models.vision_transformer import VisionTransformer
 
 import mpvg_kernels as mk
@@ -26,7 +27,6 @@ OPTIONS = {
     "qk_norm": dict(qk_norm=True, scale_attn_norm=True, qkv_bias=False, proj_bias=False),
     "clip": dict(pre_norm=True, norm_layer="layernorm", act_layer="quick_gelu", num_classes=0),
     "dynamic": dict(dynamic_img_size=True, dynamic_img_pad=True, img_size=(16, 24), in_chans=1),
-    "diff": dict(attn_layer="diff"),
     "rates": dict(drop_rate=0.1, pos_drop_rate=0.2, proj_drop_rate=0.3, attn_drop_rate=0.4, drop_path_rate=0.5),
 }
 
@@ -44,10 +44,6 @@ def test_default_is_timms_model(options, tmp_path):
     args = {**SMALL, **options}
     theirs = randomise(timm.create_model(NAME, **args))
     overlay = weights_given(tmp_path, theirs)
-    if options == OPTIONS["diff"]:
-        with pytest.raises(ValueError, match="vit_tiny_patch16_224 has no form with a position scheme: blocks.0.attn"):
-            from_timm(NAME, scheme="default", **args)
-        return
     ours = from_timm(NAME, scheme="default", pretrained=True, pretrained_cfg_overlay=overlay, **args)
     assert type(ours) is MPVGVisionTransformer
     torch.testing.assert_close(ours.state_dict(), theirs.state_dict(), rtol=0, atol=0)
@@ -61,7 +57,7 @@ def test_default_is_timms_model(options, tmp_path):
             assert torch.equal(ours(image), expected)
 
 
-@pytest.mark.parametrize("options", [k for k in OPTIONS if k not in ("diff", "rates")])
+@pytest.mark.parametrize("options", [k for k in OPTIONS if k != "rates"])
 def test_saved_folder_reads_back(options, tmp_path):
     model = randomise(from_timm(NAME, scheme="mpvg(last=2)", **{**SMALL, **OPTIONS[options]})).eval()
     timm.models.save_for_hf(model, tmp_path, safe_serialization=True)
@@ -120,6 +116,14 @@ def test_weights_of_a_pooled_vit_start_as_its_function(tmp_path, caplog):
     assert model.norm.pos_bias.grad.any() and model.blocks[2].norm1.pos_bias.grad.any()
 
 
+def test_a_folder_of_timms(tmp_path):
+    theirs = randomise(timm.create_model(NAME, **SMALL)).eval()
+    timm.models.save_for_hf(theirs, tmp_path, safe_serialization=True)
+    model = from_timm(f"local-dir:{tmp_path}", scheme="default", pretrained=True).eval()
+    image = torch.randn(2, 3, 16, 16)
+    torch.testing.assert_close(model(image), theirs(image), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -141,6 +145,10 @@ def test_weights_of_a_pooled_vit_start_as_its_function(tmp_path, caplog):
         (dict(pos_embed="none"), "it has no learned position embedding"),
         (dict(name="vit_base_patch16_siglip_224"), "it pools by attention; global_pool='avg' leaves that out"),
         (dict(name="vit_tiny_r_s16_p8_224"), "patch_embed is HybridEmbed, where it needs PatchEmbed"),
+        (dict(attn_layer="diff"), "blocks.0.attn is DiffAttention, where it needs Attention"),
+        (dict(mlp_layer=GatedMlp), "blocks.0.mlp is GatedMlp, where it needs Mlp or GluMlp or SwiGLU"),
+        (dict(mlp_layer=partial(GluMlp, gate_last=True)), "blocks.0.mlp is GluMlp .*'gate_last': True.* mpvg_vit can"),
+        (dict(embed_norm_layer="layernorm"), "patch_embed.norm is LayerNorm .* mpvg_vit can have Identity"),
         (dict(patch_drop_rate=0.1), "patch_drop_rate=0.1 drops other tokens in each sample"),
         (dict(scheme="mpgv"), r"unknown position scheme 'mpgv' \(did you mean mpvg"),
         (dict(img_size=18), "image size 18x18: the sides must be multiples of 4 .* height 16 or 20"),

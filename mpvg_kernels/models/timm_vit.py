@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 import timm
 import torch
-from timm.layers import GluMlp, LayerNorm, Mlp, PatchDropout, PatchEmbed, SwiGLU, SwiGLUPacked
+from timm.layers import Attention, GluMlp, LayerNorm, Mlp, PatchDropout, PatchEmbed, SwiGLU, SwiGLUPacked
 from timm.layers.create_act import get_act_layer
 from timm.models import generate_default_cfgs, register_model
 from timm.models._pretrained import filter_pretrained_cfg
@@ -75,7 +75,8 @@ def from_timm(
     class token and the pool are the scheme's. timm's preprocessing stays in `pretrained_cfg`.
 
     Args:
-        name: of a timm model, with or without the tag of its weights: "vit_small_patch16_224.augreg_in1k".
+        name: as timm.create_model takes it: "vit_small_patch16_224", with the tag of weights
+            "vit_small_patch16_224.augreg_in1k", or "local-dir:folder".
         scheme: as MPVGVisionTransformer's.
         pretrained: load the weights that timm has for the name, converted as `load_weights` does.
         new_pos_norms: how the PE LayerNorms start then, see `checkpoint_filter_fn`.
@@ -87,16 +88,14 @@ def from_timm(
             sentence says what is in the way.
     """
     arch = name.partition(".")[0]
-    if not timm.is_model(arch):
+    if ":" not in name and not timm.is_model(arch):  # timm itself reads "local-dir:..." and "hf-hub:..."
         near = difflib.get_close_matches(arch, timm.list_models(), 3, 0.6)
-        raise ValueError(
-            f"timm has no model {name!r}"
-            + (f"; did you mean {' or '.join(near)}?" if near else "; see timm.list_models()")
-        )
+        advice = f"did you mean {' or '.join(near)}?" if near else "see timm.list_models()"
+        raise ValueError(f"timm has no model {name!r}; {advice}")
     if arch.startswith("mpvg_"):
         raise ValueError(f"{name} has a position scheme already: timm.create_model({name!r}, scheme=...)")
-    with torch.device("cpu" if pretrained else "meta"):
-        source = timm.create_model(name, pretrained=pretrained, **kwargs)
+    with torch.device("meta"):
+        source = timm.create_model(name, **kwargs)
     _check_kind(name, source)
     cfg = filter_pretrained_cfg(source.pretrained_cfg, remove_source=True, remove_null=True)
     cfg = {k: v for k, v in cfg.items() if k not in ("tag", "custom_load", "state_dict")} | {"architecture": "mpvg_vit"}
@@ -104,8 +103,9 @@ def from_timm(
     _check_alike(name, source, timm.create_model("mpvg_vit", **args, device="meta"))
     model = timm.create_model("mpvg_vit", **args, device=device, dtype=dtype)
     if pretrained:
-        load_weights(model, source.state_dict(), grid=source.patch_embed.grid_size, new_pos_norms=new_pos_norms)
-    return model.train(source.training)
+        weights = timm.create_model(name, pretrained=True, **kwargs).state_dict()
+        load_weights(model, weights, grid=source.patch_embed.grid_size, new_pos_norms=new_pos_norms)
+    return model
 
 
 def _refuse(name: str, why: str) -> None:
@@ -121,20 +121,23 @@ def _check_kind(name: str, source: nn.Module) -> None:
     for i, block in enumerate(source.blocks):
         if type(block) is not Block:
             _refuse(name, f"blocks.{i} is a {type(block).__name__}, where it needs the pre-norm Block")
-    for norm_name, norm in source.named_modules():
-        if norm_name.rpartition(".")[2] in ("norm", "norm1", "norm2", "fc_norm", "norm_pre") and not _is_norm(norm):
-            if not isinstance(norm, nn.Identity):
-                _refuse(name, f"{norm_name} is {type(norm).__name__}, where the fused norms need LayerNorm")
+    for part, norm in source.named_modules():
+        is_norm = part.rpartition(".")[2] in ("norm", "norm1", "norm2", "fc_norm", "norm_pre")
+        if is_norm and type(norm) not in (nn.LayerNorm, LayerNorm, nn.Identity):
+            _refuse(name, f"{part} is {type(norm).__name__}, where the fused norms need LayerNorm")
     if source.pos_embed is None:
         _refuse(name, "it has no learned position embedding (pos_embed='none')")
     if source.attn_pool is not None:
         _refuse(name, "it pools by attention; global_pool='avg' leaves that out")
-    if type(source.blocks[0].mlp) not in (Mlp, GluMlp, SwiGLU):
-        _refuse(name, f"the MLP is {type(source.blocks[0].mlp).__name__}; known are {', '.join(MLPS)}")
+    for part, kinds in (("attn", (Attention,)), ("mlp", (Mlp, GluMlp, SwiGLU))):
+        module = getattr(source.blocks[0], part)
+        if type(module) not in kinds:
+            needed = " or ".join(kind.__name__ for kind in kinds)
+            _refuse(name, f"blocks.0.{part} is {type(module).__name__}, where it needs {needed}")
 
 
-def _is_norm(module: nn.Module) -> bool:
-    return type(module) in (nn.LayerNorm, LayerNorm)
+def _present(module: nn.Module) -> bool:
+    return not isinstance(module, nn.Identity)
 
 
 def _arguments(source: VisionTransformer) -> dict[str, Any]:
@@ -145,7 +148,6 @@ def _arguments(source: VisionTransformer) -> dict[str, Any]:
     ratio = first.out_features / source.embed_dim
     if int(source.embed_dim * ratio) != first.out_features:  # a quotient rounded down
         ratio = math.nextafter(ratio, math.inf)
-    present = lambda module: not isinstance(module, nn.Identity)  # noqa: E731
     args = {
         "img_size": patches.img_size,
         "patch_size": patches.patch_size[0] if len(set(patches.patch_size)) == 1 else patches.patch_size,
@@ -156,15 +158,15 @@ def _arguments(source: VisionTransformer) -> dict[str, Any]:
         "num_heads": attn.num_heads,
         "mlp_ratio": ratio,
         "qkv_bias": attn.qkv.bias is not None,
-        "qk_norm": present(attn.q_norm),
-        "scale_attn_norm": present(attn.norm),
-        "scale_mlp_norm": present(mlp.norm),
+        "qk_norm": _present(attn.q_norm),
+        "scale_attn_norm": _present(attn.norm),
+        "scale_mlp_norm": _present(mlp.norm),
         "proj_bias": attn.proj.bias is not None,
-        "init_values": block.ls1.init_values if present(block.ls1) else None,
+        "init_values": block.ls1.init_values if _present(block.ls1) else None,
         "no_embed_class": source.no_embed_class,
         "reg_tokens": source.num_reg_tokens,
-        "pre_norm": present(source.norm_pre),
-        "final_norm": present(source.norm) or present(source.fc_norm),
+        "pre_norm": _present(source.norm_pre),
+        "final_norm": _present(source.norm) or _present(source.fc_norm),
         "pool_include_prefix": source.pool_include_prefix,
         "dynamic_img_size": source.dynamic_img_size,
         "dynamic_img_pad": patches.dynamic_img_pad,
