@@ -100,6 +100,9 @@ def checkpoint_filter_fn(
         patch_weight = torch.empty(0, 0, *model.patch_embed.patch_size)
     own = model.state_dict()
     for name, table in tables.items():
+        if name not in own:  # for load_weights to find
+            out[name] = table
+            continue
         new_grid = tuple(model.patch_embed.grid_size)
         fixed = model.fixed_table(table)
         if fixed is not None:
@@ -107,7 +110,7 @@ def checkpoint_filter_fn(
             if fixed.shape != table.shape:
                 done.append(f"recomputed {name} for {new_grid[0]}x{new_grid[1]}")
             continue
-        as_map = name in own and own[name].ndim == 4  # (1, H, W, D) says its grid
+        as_map = own[name].ndim == 4  # (1, H, W, D) says its grid
         if as_map:
             new_grid = tuple(own[name].shape[1:3])
         if table.ndim == 4:
@@ -120,7 +123,7 @@ def checkpoint_filter_fn(
         if old_grid != new_grid:
             table = resample_abs_pos_embed(table, new_size=new_grid, old_size=old_grid, num_prefix_tokens=prefix)
             done.append(f"resampled {name} from {old_grid[0]}x{old_grid[1]} to {new_grid[0]}x{new_grid[1]}")
-        if add_class_token and name in own and not model.no_embed_class:
+        if add_class_token and not model.no_embed_class:
             table = torch.cat([own[name][:, :1].to(table), table], dim=1)
         out[name] = table.unflatten(1, new_grid) if as_map else table
     if add_class_token:
