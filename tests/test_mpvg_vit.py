@@ -613,10 +613,23 @@ def test_timm_loads_through_the_filter(tmp_path):
 @pytest.mark.parametrize(
     ("weights", "problems"),
     [
-        (lambda: timm_weights(depth=5), r"12 unexpected \(blocks.4.norm1.weight, .*\.\.\.\)"),
-        (lambda: timm_weights(num_classes=3), r"2 mis-shaped \(head.weight \(3, 24\), expected \(5, 24\), head.bias"),
-        (lambda: build("pvg").state_dict(), r"2 missing \(norm.pos_weight, norm.pos_bias\)"),
-        (lambda: nn.Linear(2, 2).state_dict(), r"\d+ missing \(pos_embed, .*2 unexpected \(weight, bias\)"),
+        (
+            lambda: timm_weights(depth=5),
+            r"12 unexpected \(blocks.4.norm1.weight \(24,\), .*\.\.\.\); build the model with depth=5 to take",
+        ),
+        (
+            lambda: timm_weights(num_classes=3),
+            r"2 mis-shaped \(head.weight \(3, 24\), expected \(5, 24\), head.bias.*; build .* with num_classes=3",
+        ),
+        (
+            lambda: build("pvg").state_dict(),
+            r"2 missing \(norm.pos_weight \(\d+,\), norm.pos_bias \(\d+,\)\); build .* a position scheme "
+            r"with PE LayerNorms in .* only to take them",
+        ),
+        (
+            lambda: nn.Linear(2, 2).state_dict(),
+            r"\d+ missing \(pos_embed \(1, 16, 24\), .*2 unexpected \(weight \(2, 2\), bias \(2,\)\)$",
+        ),
     ],
 )
 def test_weights_of_another_model(weights, problems):

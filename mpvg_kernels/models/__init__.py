@@ -1,10 +1,12 @@
 """Vision transformers whose position embedding travels by a `PositionScheme`; importing this registers them in timm."""
 
-from . import mpvg_ceit, mpvg_deit, mpvg_swin, mpvg_t2t_vit, mpvg_vit_lite  # noqa: F401  (register)
+from . import mpvg_ceit, mpvg_deit, mpvg_swin, mpvg_t2t_vit, mpvg_vit_lite, timm_vit  # noqa: F401  (register)
+from .fuse import fuse_norms
 from .mpvg_swin import MPVGSwinTransformer, SwinPositionScheme
 from .mpvg_vit import MPVGVisionTransformer
 from .position_scheme import NAMED_SCHEMES, PositionScheme
-from .weights import checkpoint_filter_fn, load_weights
+from .timm_vit import from_timm
+from .weights import checkpoint_filter_fn, load_checkpoint, load_weights
 
 __all__ = [
     "NAMED_SCHEMES",
@@ -13,5 +15,8 @@ __all__ = [
     "PositionScheme",
     "SwinPositionScheme",
     "checkpoint_filter_fn",
+    "from_timm",
+    "fuse_norms",
+    "load_checkpoint",
     "load_weights",
 ]

@@ -30,9 +30,8 @@ from itertools import accumulate
 from typing import Any
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import get_norm_layer, resample_abs_pos_embed_nhwc, to_2tuple, trunc_normal_
-from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
+from timm.models import checkpoint, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from timm.models.swin_transformer import PatchMerging, SwinTransformer, SwinTransformerBlock, SwinTransformerStage
 from timm.models.swin_transformer import checkpoint_filter_fn as timm_checkpoint_filter_fn
@@ -41,9 +40,10 @@ from torch.nn.functional import pad
 
 from ..modules import FusedAddLayerNorm, FusedAddPELayerNorm, FusedPELayerNormPool
 from ..ops.common import join
+from .factory import create, default_cfg
 from .position_scheme import NAMED_SCHEMES, PositionScheme
 from .stream import draw_drop_path, make_layer_norm, run_and_join
-from .weights import ConvertsCheckpoints, checkpoint_filter_fn
+from .weights import ConvertsCheckpoints
 
 __all__ = ["MPVGSwinTransformer", "SwinPositionScheme"]
 
@@ -476,38 +476,21 @@ def _check_pool(scheme: PositionScheme, global_pool: str) -> None:
         )
 
 
-def _cfg(**kwargs: Any) -> dict[str, Any]:
-    """Swin's preprocessing. No weights are published for these models."""
-    return {
-        "url": "",
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": (7, 7),
-        "crop_pct": 0.9,
-        "interpolation": "bicubic",
-        "fixed_input_size": True,
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "patch_embed.proj",
-        "classifier": "head.fc",
-        "paper_ids": "arXiv:2502.02919",
-        **kwargs,
-    }
-
-
 default_cfgs = generate_default_cfgs(
-    {f"mpvg_swin_{size}_patch4_window7_224": _cfg() for size in ("tiny", "small", "base")}
+    {
+        f"mpvg_swin_{size}_patch4_window7_224": default_cfg(pool_size=(7, 7), crop_pct=0.9, classifier="head.fc")
+        for size in ("tiny", "small", "base")
+    }
 )
 
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> MPVGSwinTransformer:
     out_indices = kwargs.pop("out_indices", tuple(range(len(kwargs["depths"]))))
-    return build_model_with_cfg(
+    return create(
         MPVGSwinTransformer,
         variant,
         pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": out_indices, "feature_cls": "getter"},
+        out_indices=out_indices,
         **{"patch_size": 4, "window_size": 7, **kwargs},
     )
 

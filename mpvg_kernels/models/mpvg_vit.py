@@ -9,6 +9,7 @@ scheme="default" the model is timm's own, on the `reference` backend bit for bit
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -23,6 +24,7 @@ from torch.nn.functional import pad
 
 from ..modules import FusedAddLayerNorm, FusedAddPELayerNorm, FusedPELayerNormPool
 from ..ops.common import join
+from .patches import CheckedPatchEmbed
 from .pos_tables import LastNorm, PosTables
 from .position_scheme import PositionScheme
 from .stream import draw_drop_path, make_layer_norm, run_checkpointed
@@ -117,6 +119,14 @@ class MPVGVisionTransformer(ConvertsCheckpoints, VisionTransformer):
         ValueError: an option that contradicts the scheme or that the fused norms cannot serve; each message says which.
     """
 
+    published_names = (
+        (r"^module\.", ""),
+        # LaPE's: a layer's PE LayerNorm, and under join="unshare" a table for each layer
+        (r"^blocks\.(\d+)\.pe_norm\.(weight|bias)$", r"blocks.\1.norm1.pos_\2"),
+        (r"^pos_embed0$", "pos_embed"),
+        (r"^pos_embed(\d+)$", r"layer_pos_embed.\1"),
+    )
+
     block: Callable[..., MPVGBlock] = MPVGBlock
     """What makes the layers; an architecture with other blocks has its own."""
 
@@ -149,6 +159,7 @@ class MPVGVisionTransformer(ConvertsCheckpoints, VisionTransformer):
         _check_options(scheme, fc_norm, kwargs)
         norm = make_layer_norm(norm_layer, embed_dim)
         num_prefix_tokens = has_class_token + reg_tokens
+        kwargs.setdefault("embed_layer", CheckedPatchEmbed)
         super().__init__(
             global_pool=scheme.pool if global_pool is None else global_pool,
             class_token=has_class_token,
@@ -427,13 +438,20 @@ class MPVGVisionTransformer(ConvertsCheckpoints, VisionTransformer):
             self.layer_pos_embed[i] = nn.Parameter(resized, requires_grad=table.requires_grad)
 
     def rename_checkpoint(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Another checkpoint's parameters, all but the PE tables, under this model's names and patch size."""
-        return timm_checkpoint_filter_fn(state_dict, self, adapt_layer_scale=True)
+        """Another checkpoint's parameters, all but the PE tables, under this model's names and patch size.
+
+        timm's pooled ViTs have the last norm after the pool; its weights become those of the norm before it.
+        """
+        weights = timm_checkpoint_filter_fn(state_dict, self, adapt_layer_scale=True)
+        if not any(name.startswith("norm.") for name in weights):
+            weights = {re.sub(r"^fc_norm\.", "norm.", name): value for name, value in weights.items()}
+        return weights
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         """Full names of parameters without weight decay; timm leaves 1-D parameters out by itself."""
-        return {"pos_embed", "cls_token", "reg_token", *(f"layer_pos_embed.{i}" for i in self.layer_pos_embed)}
+        tables = {"pos_embed", *(f"layer_pos_embed.{i}" for i in self.layer_pos_embed)}
+        return tables | {name for name in ("cls_token", "reg_token") if getattr(self, name) is not None}
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:

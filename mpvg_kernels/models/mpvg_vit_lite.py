@@ -83,7 +83,7 @@ class MPVGViTLite(MPVGVisionTransformer):
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         """Full names of parameters without weight decay besides 1-D ones; the PE has it, as in the published recipe."""
-        return {"cls_token", "reg_token"}
+        return super().no_weight_decay() & {"cls_token", "reg_token"}
 
 
 CIFAR100_MEAN, CIFAR100_STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
 import re
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
+import safetensors.torch
 import torch
 from timm.layers import resample_abs_pos_embed
 from timm.models._input import get_pretrained_grid_size
@@ -15,7 +18,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from .mpvg_vit import MPVGVisionTransformer
 
-__all__ = ["checkpoint_filter_fn", "load_weights"]
+__all__ = ["checkpoint_filter_fn", "load_checkpoint", "load_weights", "read_checkpoint"]
 
 _logger = logging.getLogger(__name__)
 
@@ -45,14 +48,18 @@ class ConvertsCheckpoints:
 
 
 def checkpoint_filter_fn(
-    state_dict: Mapping[str, Any], model: MPVGVisionTransformer, grid: tuple[int, int] | None = None
+    state_dict: Mapping[str, Any],
+    model: MPVGVisionTransformer,
+    grid: tuple[int, int] | None = None,
+    *,
+    new_pos_norms: Literal["identity", "zero"] = "identity",
 ) -> dict[str, Tensor]:
-    """Convert a checkpoint of timm's DeiT, ViT or Swin, of the original Swin, or of another size of this model, to fit.
+    """Convert a checkpoint of timm, DeiT, LaPE or the original Swin, or of another size of this model, to fit.
 
-    The class token and its PE slot are dropped for a pooled scheme, PE tables are resampled to the model's grid, patch
-    weights to its patch size, and the PE LayerNorms of a checkpoint that has none start at the identity; where a Swin
-    has no PE table, `model` keeps its own. One log line says what was done. Names and shapes are not checked here:
-    `load_weights` does.
+    The class token and its PE slot are dropped for a pooled scheme; a model that has them and finds none keeps its own.
+    PE tables are resampled to the model's grid by rows and columns, patch weights to its patch size. The PE LayerNorms
+    of a checkpoint that has none are new; where a Swin has no PE table, `model` keeps its own. One log line says what
+    was done. Names and shapes are not checked here: `load_weights` does.
 
     Args:
         state_dict: parameters by name, or a checkpoint with them under "model", "state_dict" or
@@ -61,10 +68,16 @@ def checkpoint_filter_fn(
         grid: the (rows, columns) of patches that the checkpoint's table was learned for. Left out, it is the table's
             shape if that is (1, H, W, D), or taken from timm's record of the checkpoint's image size, or the model's
             own if the number of rows says so.
+        new_pos_norms: how PE LayerNorms that the checkpoint has not start. "identity": scale 1 and shift 0, as in
+            training from scratch. "zero": scale 0 and shift 0, so that the model computes what the checkpoint's did,
+            if that pooled as this scheme does and add_to_input is the same. Of a chain of them, all but the first then
+            have a constant input: their shifts learn first.
 
     Raises:
         ValueError: the grid of the checkpoint's table is not known, or does not fit the table.
     """
+    if new_pos_norms not in ("identity", "zero"):
+        raise ValueError(f"new_pos_norms={new_pos_norms!r}; expected 'identity' or 'zero'")
     for key in ("model", "state_dict", "state_dict_ema"):
         state_dict = state_dict.get(key, state_dict)
     state_dict = {model.own_name(name): value for name, value in state_dict.items()}
@@ -78,11 +91,18 @@ def checkpoint_filter_fn(
         parts = ("cls_token", *model.class_token_parts)
         out = {k: v for k, v in out.items() if k.split(".")[0] not in parts}
         done.append(" and ".join(["dropped the class token", *model.class_token_parts]))
+    # (without a table these are weights of something else altogether: load_weights lists what they lack)
+    add_class_token = "pos_embed" in tables and "cls_token" not in out and getattr(model, "cls_token", None) is not None
+    if add_class_token:
+        out["cls_token"] = model.cls_token.detach().clone()
     patch_weight = state_dict.get("patch_embed.proj.weight")
     if patch_weight is None:  # a stem, whose stride is the model's own
         patch_weight = torch.empty(0, 0, *model.patch_embed.patch_size)
-    shapes = {k: v.shape for k, v in model.named_parameters()}
+    own = model.state_dict()
     for name, table in tables.items():
+        if name not in own:  # for load_weights to find
+            out[name] = table
+            continue
         new_grid = tuple(model.patch_embed.grid_size)
         fixed = model.fixed_table(table)
         if fixed is not None:
@@ -90,9 +110,9 @@ def checkpoint_filter_fn(
             if fixed.shape != table.shape:
                 done.append(f"recomputed {name} for {new_grid[0]}x{new_grid[1]}")
             continue
-        as_map = len(shapes.get(name, ())) == 4  # (1, H, W, D) says its grid
+        as_map = own[name].ndim == 4  # (1, H, W, D) says its grid
         if as_map:
-            new_grid = tuple(shapes[name][1:3])
+            new_grid = tuple(own[name].shape[1:3])
         if table.ndim == 4:
             old_grid, prefix, table = tuple(table.shape[1:3]), 0, table.flatten(1, 2)
         else:
@@ -103,14 +123,20 @@ def checkpoint_filter_fn(
         if old_grid != new_grid:
             table = resample_abs_pos_embed(table, new_size=new_grid, old_size=old_grid, num_prefix_tokens=prefix)
             done.append(f"resampled {name} from {old_grid[0]}x{old_grid[1]} to {new_grid[0]}x{new_grid[1]}")
+        if add_class_token and not model.no_embed_class:
+            table = torch.cat([own[name][:, :1].to(table), table], dim=1)
         out[name] = table.unflatten(1, new_grid) if as_map else table
+    if add_class_token:
+        kept = "the class token keeps" if model.no_embed_class else "the class token and its row of pos_embed keep"
+        done.append(f"{kept} the model's own initialisation")
     if not any(k.endswith("pos_weight") for k in out):
-        own = model.state_dict()
-        scales = {k: torch.ones_like(v) for k, v in own.items() if k.endswith(".pos_weight")}
+        scale = float(new_pos_norms == "identity")
+        scales = {k: torch.full_like(v, scale) for k, v in own.items() if k.endswith(".pos_weight")}
         shifts = {k: torch.zeros_like(v) for k, v in own.items() if k.endswith(".pos_bias")}
         if scales:
             out.update(scales | shifts)
-            done.append(f"{len(scales)} PE LayerNorms start at the identity")
+            start = "the identity" if new_pos_norms == "identity" else "zero"
+            done.append(f"{len(scales)} PE LayerNorms start at {start}")
     if done:
         _logger.info("Converted a checkpoint to position scheme %s: %s.", model.scheme, "; ".join(done))
     return out
@@ -155,20 +181,25 @@ def _source_grid(
 
 
 def load_weights(
-    model: MPVGVisionTransformer, state_dict: Mapping[str, Any], *, grid: tuple[int, int] | None = None
+    model: MPVGVisionTransformer,
+    state_dict: Mapping[str, Any],
+    *,
+    grid: tuple[int, int] | None = None,
+    new_pos_norms: Literal["identity", "zero"] = "identity",
 ) -> None:
     """Load a checkpoint, converted by `checkpoint_filter_fn`, into `model`; every name and shape must fit.
 
     Args: as `checkpoint_filter_fn`.
 
     Raises:
-        ValueError: the weights are of another model; the message lists what is missing, unexpected and mis-shaped.
+        ValueError: the weights are of another model; the message lists what is missing, unexpected and mis-shaped, with
+            both shapes, and the options of a model that would take them. `model` is as it was.
     """
-    weights = checkpoint_filter_fn(state_dict, model, grid)
+    weights = checkpoint_filter_fn(state_dict, model, grid, new_pos_norms=new_pos_norms)
     own = model.state_dict()
     problems = {
-        "missing": [k for k in own if k not in weights],
-        "unexpected": [k for k in weights if k not in own],
+        "missing": [f"{k} {tuple(v.shape)}" for k, v in own.items() if k not in weights],
+        "unexpected": [f"{k} {tuple(v.shape)}" for k, v in weights.items() if k not in own],
         "mis-shaped": [
             f"{k} {tuple(v.shape)}, expected {tuple(own[k].shape)}"
             for k, v in weights.items()
@@ -181,8 +212,94 @@ def load_weights(
         if names
     )
     if text:
+        options = _options_that_fit(model, weights)
         raise ValueError(
             f"these weights are of another model than this one (position scheme {model.scheme}, depth "
             f"{len(model.blocks)}, width {model.embed_dim}, {model.num_classes} classes): {text}"
+            + (f"; build the model with {' and '.join(options)} to take them" if options else "")
         )
     model.load_state_dict(weights)
+
+
+def _options_that_fit(model: MPVGVisionTransformer, weights: Mapping[str, Tensor]) -> list[str]:
+    """The options by which a model for these weights differs from this one, as far as the weights tell."""
+    own = model.state_dict()
+    options = []
+    depths = _depths(weights)
+    if depths and depths != _depths(own):
+        options.append(f"depth={depths[0]}" if len(depths) == 1 else f"depths={tuple(depths)}")
+    classifier = getattr(model, "default_cfg", {}).get("classifier", "head")
+    for option, name, axis in (
+        ("embed_dim", "patch_embed.proj.weight", 0),
+        ("in_chans", "patch_embed.proj.weight", 1),
+        ("num_classes", f"{classifier}.weight", 0),
+    ):
+        sizes = [t[name].shape[axis] for t in (own, weights) if name in t and t[name].ndim > axis]
+        if len(sizes) == 2 and sizes[0] != sizes[1]:
+            options.append(f"{option}={sizes[1]}")
+    expected, found = ([k.removesuffix(".pos_weight") for k in t if k.endswith(".pos_weight")] for t in (own, weights))
+    if found and set(found) != set(expected):
+        more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+        options.append(f"a position scheme with PE LayerNorms in {', '.join(found[:3])}{more} only")
+    return options
+
+
+def _depths(names: Iterable[str]) -> list[int]:
+    """How many blocks there are, in each stage where there are stages."""
+    indices: dict[str, set[str]] = {}
+    for match in filter(None, (re.match(r"(layers\.\d+\.)?blocks\.(\d+)\.norm1\.weight$", name) for name in names)):
+        indices.setdefault(match[1], set()).add(match[2])
+    return [len(blocks) for blocks in indices.values()]
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """A checkpoint's tensors: a .safetensors file, one of torch.save, or a folder that timm wrote.
+
+    Raises:
+        ValueError: there is none, it is cut off, or it is in neither format; one sentence.
+    """
+    path = Path(path)
+    if path.is_dir():
+        found = [path / name for name in ("model.safetensors", "pytorch_model.bin") if (path / name).is_file()]
+        if not found:
+            raise ValueError(
+                f"{path} is a folder without model.safetensors or pytorch_model.bin; give a file, or a "
+                "folder that timm.models.save_for_hf wrote"
+            )
+        path = found[0]
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist; expected a .safetensors file or one that torch.save wrote")
+    kind = "safetensors" if path.suffix == ".safetensors" else "a PyTorch checkpoint"
+    try:
+        if path.suffix == ".safetensors":
+            found = safetensors.torch.load_file(path)
+        else:
+            with torch.serialization.safe_globals([argparse.Namespace]):  # DeiT's scripts save theirs
+                found = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # safetensors' and pickle's own types, OSError, RuntimeError for a broken archive
+        reason = str(error).strip().partition("\n")[0].rstrip(". ") or type(error).__name__
+        raise ValueError(f"{path} can't be read as {kind} ({reason}); it may be cut off or of another format") from None
+    if not isinstance(found, Mapping):
+        raise ValueError(f"{path} holds {type(found).__name__}, not tensors by name; save model.state_dict()")
+    return found
+
+
+def load_checkpoint(
+    model: MPVGVisionTransformer,
+    path: str | Path,
+    *,
+    grid: tuple[int, int] | None = None,
+    new_pos_norms: Literal["identity", "zero"] = "identity",
+) -> None:
+    """`load_weights` from a file or a folder, see `read_checkpoint`.
+
+    Args: `path`, and as `checkpoint_filter_fn`.
+
+    Raises:
+        ValueError: the file can't be read, or holds the weights of another model; one sentence that names the file.
+    """
+    state_dict = read_checkpoint(path)
+    try:
+        load_weights(model, state_dict, grid=grid, new_pos_norms=new_pos_norms)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
