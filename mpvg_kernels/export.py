@@ -137,7 +137,7 @@ def _default_name(source: str, weights: str | None) -> str:
 def _from_run(source: str, weights: str | None, scheme: str | None) -> tuple[nn.Module, str]:
     run, name = RunFolder(source), weights or "last"
     if scheme is not None:
-        raise InputError(f"--scheme {scheme}: {source} is a run, whose weights were trained under its own; leave it out")
+        raise InputError(f"--scheme {scheme}: {source} is a run, and its weights are of its own scheme; leave it out")
     folder = run.path / name
     if not (folder / "model.safetensors").exists():
         raise InputError(f"{folder} holds no weights: the run has not saved its {name} weights")
@@ -152,8 +152,8 @@ def _from_run(source: str, weights: str | None, scheme: str | None) -> tuple[nn.
 def _from_name(source: str, weights: str | None, scheme: str | None) -> tuple[nn.Module, str]:
     if not timm.is_model(source):
         ours = timm.list_models("mpvg_*")
-        close = near_matches(source, ours) or near_matches(source, timm.list_models()) or f": there is {', '.join(ours)}"
-        raise InputError(f"{source!r} is neither a run folder nor a model's name{close}")
+        close = near_matches(source, ours) or near_matches(source, timm.list_models())
+        raise InputError(f"{source!r} is no run folder and no model{close or '; ours are ' + ', '.join(ours)}")
     if weights is not None:
         raise InputError(f"--weights {weights}: {source} is a model's name, which has none; name a run folder")
     torch.manual_seed(0)
