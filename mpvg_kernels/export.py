@@ -3,13 +3,15 @@
     mpvg export runs/digits --format onnx                                        ./digits-last.onnx
     mpvg export mpvg_swin_tiny_patch4_window7_224 --format pt2 --img-size 256    random weights, to try a tool chain
 
-A program (onnx, pt2) is traced in eval mode, so that the tables of `models.pos_tables` are constants in it, and for
-any number of images unless `batch` fixes it. What was written is loaded again and compared with the model in eager
-code on random images; only then does it get its name, so that there is never a part of a file, or a wrong one.
+A program (onnx, pt2) is traced in eval mode, for any number of images unless `batch` fixes it; what does not depend
+on the images is constant in it, LN'(pos) of every layer above all. What was written is loaded again and compared with
+the model in eager code on random images; only then does it get its name, so that there is never a part of a file, or a
+wrong one.
 """
 
 import contextlib
 import json
+import operator
 import os
 import shutil
 from collections.abc import Callable, Iterable
@@ -20,6 +22,7 @@ import timm
 import timm.data
 import timm.models
 import torch
+import torch.fx
 from torch import Tensor, nn
 
 from . import backends
@@ -191,7 +194,44 @@ def _about(model: nn.Module) -> str:
 def _trace(model: nn.Module, images: Tensor, batch: int | None, kernels: bool) -> torch.export.ExportedProgram:
     shapes = None if batch else ({0: torch.export.Dim("batch", min=1)},)
     with backends.use_backend("auto", compiled="auto" if kernels else "reference"):
-        return torch.export.export(model, (images,), dynamic_shapes=shapes)
+        program = torch.export.export(model, (images,), dynamic_shapes=shapes)
+    module = program.module(check_guards=False)
+    if not _fold(module):
+        return program
+    return torch.export.export(module, (images,), dynamic_shapes=shapes)
+
+
+def _fold(module: torch.fx.GraphModule) -> bool:
+    """Compute what follows from parameters alone, and make it constants in place; whether there was something.
+
+    `models.pos_tables` leaves little to do, but not every architecture has it: Swin's PE goes through PatchMergings.
+    """
+    known: dict[torch.fx.Node, Any] = {}
+    for node in module.graph.nodes:
+        if node.op == "get_attr":
+            known[node] = operator.attrgetter(node.target)(module)
+        elif node.op == "call_function" and node.all_input_nodes and all(n in known for n in node.all_input_nodes):
+            args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), known.__getitem__)
+            known[node] = node.target(*args, **kwargs)
+    parameters = {id(value): node for node, value in known.items() if node.op == "get_attr"}
+    computed = [node for node in known if node.op == "call_function"]
+    folded = False
+    for node in computed:
+        value = known[node]
+        if isinstance(value, Tensor) and any(user not in known for user in node.users):
+            constant = parameters.get(id(value))  # where nothing was done to it
+            if constant is None:
+                name = f"constant_{node.name}"
+                module.register_buffer(name, value.clone())
+                with module.graph.inserting_before(node):
+                    constant = module.graph.get_attr(name)
+                folded = True
+            node.replace_all_uses_with(constant)
+    for node in reversed(computed):  # checks of what is constant too, which dead code elimination would keep
+        if not node.users:
+            module.graph.erase_node(node)
+    module.recompile()
+    return folded
 
 
 def _write_pt2(program: torch.export.ExportedProgram, path: Path, about: str) -> Forward:
@@ -252,6 +292,3 @@ def describe(done: Exported, format: str, batch: int | None) -> str:
         f"{done.what} in {done.path}: {images}; largest difference from eager {done.difference:.1e} of the largest "
         f"logit, allowed {TOLERANCES[format]:.0e}"
     )
-
-
-__all__: list[Any] = ["Exported", "ParityError", "describe", "export"]
