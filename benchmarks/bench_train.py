@@ -137,9 +137,9 @@ class Step:
 
 
 def loss_and_gradient(step: Step) -> tuple[torch.Tensor, torch.Tensor]:
-    """The loss of the step's batch and the gradient of all parameters as one vector; changes no weight."""
+    """The loss of the step's batch and the gradient of all learned parameters as one vector; changes no weight."""
     loss = step.backward()
-    gradient = torch.cat([p.grad.flatten() for p in step.model.parameters()])
+    gradient = torch.cat([p.grad.flatten() for p in step.model.parameters() if p.requires_grad])
     step.optimizer.zero_grad(set_to_none=True)
     return loss, gradient
 
@@ -331,7 +331,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     harness.check_common(parser, args)
     if args.table:
-        table = {"models": list(TABLE), "schemes": ["mpvg", "gap"], "engines": ["eager"], "batch": 4, "rounds": 13}
+        table = {"models": list(TABLE), "schemes": ["mpvg", "gap"], "engines": ["eager"], "batch": 4, "rounds": 11}
         harness.change_defaults(parser, args, **table, no_wall=True, checkpointing=True)
     if args.quick:
         harness.change_defaults(parser, args, img_size=64, depth=4, rounds=7, engines=["eager"], no_wall=True)
