@@ -256,10 +256,18 @@ def test_training_step_that_differs_is_refused(monkeypatch):
     assert refused["reference"][0] == "wrong" and "loss is off by" in refused["reference"][1]
 
 
-def test_training_steps_of_other_models_and_schemes(tmp_path, capsys):
+def test_training_steps_of_other_models_and_schemes(tmp_path, capsys, monkeypatch):
     """Each model has one plain GAP model, timm's where timm has it, and is measured against it under each scheme."""
     if "cpp" not in mk.available_backends("cpu"):
         pytest.skip(mk.backends.status("cpp").reason)
+    make_model, made = bench_train.make_model, set()
+
+    def recorded(provider, settings):
+        model = make_model(provider, settings)
+        made.add((provider, str(getattr(model, "scheme", type(model).__name__))))
+        return model
+
+    monkeypatch.setattr(bench_train, "make_model", recorded)
     report, plot = tmp_path / "rows.json", tmp_path / "rows.png"
     models = ["mpvg_t2t_vit_7_224", "swin_tiny_patch4_window7_224"]
     small = ["--img-size", "32", "--depth", "2", "--batch", "2", "--dtypes", "fp32", "--rounds", "2", "--device", "cpu"]
@@ -278,6 +286,9 @@ def test_training_steps_of_other_models_and_schemes(tmp_path, capsys):
         assert (row["vs_timm"] is None) == (model == models[0])
         assert (row["vs_reference"] is None) == (scheme == "gap")
         assert 0 < row["peak_checkpointing_bytes"] <= row["peak_extra_bytes"]
+        assert model == models[0] or row["peak_checkpointing_bytes"] < row["peak_extra_bytes"]
+    plain = {(provider, built) for provider, built in made if provider in bench_train.PLAIN}
+    assert plain == {("plain", "gap"), ("timm", "SwinTransformer")}
     parameters = {key: row["parameters"] for key, row in rows.items()}
     assert parameters[models[0], "cpp", "gap"] == parameters[models[0], "plain", "gap"]
     assert parameters[models[1], "cpp", "gap"] == parameters[models[1], "timm", "gap"] + 8 * 8 * 96  # the PE table
