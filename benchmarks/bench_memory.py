@@ -170,7 +170,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     print(f"memory: {harness.describe(harness.machine())}")
     harness.print_header(OPERATOR_COLUMNS)
-    for op, inputs, dtype, size in itertools.product(operators.PLAIN, INPUTS, OPERATOR_DTYPES, args.sizes):
+    for op, inputs, dtype, size in itertools.product(operators.TOKEN_OPERATORS, INPUTS, OPERATOR_DTYPES, args.sizes):
         case = operators.Case(op, "fwd_grad", inputs, *size, dtype)
         keep(OPERATOR_COLUMNS, operator_rows(case, ["eager", *ours], args.device))
     print()

@@ -391,7 +391,7 @@ class Group(NamedTuple):
 
 
 COLORS = {"eager": "#b8bcc4", "compile": "#7d8597", "cpp": "#0b6e99", "triton": "#0b6e99", "cuda": "#12a594"}
-COLORS |= {"reference": "#e0a458", "timm": "#b8bcc4", "fused": "#0b6e99"}
+COLORS |= {"reference": "#e0a458", "timm": "#b8bcc4", "plain": "#b8bcc4", "fused": "#0b6e99"}
 
 
 def plot_bars(

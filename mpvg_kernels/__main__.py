@@ -1,4 +1,4 @@
-"""The `mpvg` command: train, eval, recipes, info, bench, demo.
+"""The `mpvg` command: train, eval, export, recipes, info, bench, demo.
 
 Exit codes: 0 ok, 1 failure, 2 usage or bad input, 130 interrupted. What a command needs is imported by that command
 alone, so that `mpvg info` works without the extras.
@@ -13,8 +13,9 @@ from pathlib import Path
 
 from .train import InputError, TrainingError, near_matches
 
-# What the `train` extra brings, for a message in place of an ImportError.
-EXTRAS = {"tyro", "sklearn", "matplotlib"}
+# The extra that brings a package, for a message in place of an ImportError.
+EXTRAS = dict.fromkeys(("tyro", "sklearn", "matplotlib"), "train")
+EXTRAS |= dict.fromkeys(("onnx", "onnxscript", "onnxruntime"), "export")
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 
@@ -61,6 +62,27 @@ def evaluate(args: argparse.Namespace, _: list[str]) -> int:
         except OSError as error:
             raise InputError(f"{args.json} can't be written ({error.strerror})") from None
     return 0
+
+
+def export(args: argparse.Namespace, _: list[str]) -> int:
+    from . import export
+
+    options = {name: getattr(args, name) for name in ("weights", "scheme", "img_size", "batch", "kernels")}
+    try:
+        done = export.export(args.source, args.format, args.out, **options)
+    except export.ParityError as error:
+        print(f"mpvg: {error}", file=sys.stderr)
+        return 1
+    print(export.describe(done, args.format, args.batch))
+    return 0
+
+
+def image_size(text: str) -> tuple[int, int]:
+    """`224` or `224x160`, height first."""
+    sides = text.split("x")
+    if not (all(side.isdecimal() for side in sides) and len(sides) in (1, 2)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size; expected pixels, 224, or height x width, 224x160")
+    return int(sides[0]), int(sides[-1])
 
 
 def recipes(args: argparse.Namespace, _: list[str]) -> int:
@@ -119,6 +141,15 @@ def parser() -> Parser:
     sub.add_argument("folder", metavar="RUN", type=Path, help="run folder")
     sub.add_argument("--weights", choices=("best", "last"), default="last", help="which weights (default: last)")
     sub.add_argument("--json", metavar="FILE", type=Path, help="write the result there as well")
+    sub = command("export", export, "write a run's model, or one of random weights, for other programs, and check it")
+    sub.add_argument("source", metavar="RUN_OR_MODEL", help="run folder, or a registered model's name (random weights)")
+    sub.add_argument("--format", choices=("onnx", "pt2", "safetensors"), required=True, help="what to write")
+    sub.add_argument("--out", metavar="PATH", type=Path, help="file (safetensors: folder) to make (default: NAME here)")
+    sub.add_argument("--weights", choices=("best", "last"), help="which weights of a run (default: last)")
+    sub.add_argument("--scheme", metavar="SCHEME", help="position scheme of a model's name, for example mpvg(last=8)")
+    sub.add_argument("--img-size", metavar="SIZE", type=image_size, help="image size, 224 or 224x160 (default: own)")
+    sub.add_argument("--batch", metavar="N", type=int, help="fix the number of images a call (default: any number)")
+    sub.add_argument("--kernels", action="store_true", help="pt2: keep the fused operators (needs this package)")
     command("recipes", recipes, "list the recipes")
     command("info", info, "print which backends there are, which are not and why")
     sub = command("bench", bench, "run a benchmark of the repository; what follows its name goes to it")
@@ -148,7 +179,7 @@ def main(argv: list[str] | None = None) -> int:
         name = (error.name or "").partition(".")[0]
         if name not in EXTRAS:
             raise
-        print(f"mpvg: {name} is not installed; `pip install 'mpvg_kernels[train]'` brings it", file=sys.stderr)
+        print(f"mpvg: {name} is not installed; `pip install 'mpvg_kernels[{EXTRAS[name]}]'` brings it", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("mpvg: interrupted", file=sys.stderr)

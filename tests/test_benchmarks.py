@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
@@ -25,6 +26,8 @@ import operators  # noqa: E402
 import peers  # noqa: E402
 import plots  # noqa: E402
 from operators import Case  # noqa: E402
+
+import mpvg_kernels as mk  # noqa: E402
 
 SMALL = ["--sizes", "2x5x16"]
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -251,6 +254,80 @@ def test_training_step_that_differs_is_refused(monkeypatch):
     monkeypatch.setattr(bench_train, "make_model", other_weights)
     _, refused = bench_train.prepare("eager", "fp32", ["reference"], settings)
     assert refused["reference"][0] == "wrong" and "loss is off by" in refused["reference"][1]
+
+
+def test_training_steps_of_other_models_and_schemes(tmp_path, capsys, monkeypatch):
+    """Each model has one plain GAP model, timm's where timm has it, and is measured against it under each scheme."""
+    if "cpp" not in mk.available_backends("cpu"):
+        pytest.skip(mk.backends.status("cpp").reason)
+    make_model, made = bench_train.make_model, set()
+
+    def recorded(provider, settings):
+        model = make_model(provider, settings)
+        made.add((provider, str(getattr(model, "scheme", type(model).__name__))))
+        return model
+
+    monkeypatch.setattr(bench_train, "make_model", recorded)
+    report, plot = tmp_path / "rows.json", tmp_path / "rows.png"
+    models = ["mpvg_t2t_vit_7_224", "swin_tiny_patch4_window7_224"]
+    small = ["--img-size", "32", "--depth", "2", "--batch", "2", "--dtypes", "fp32", "--rounds", "2", "--device", "cpu"]
+    options = ["--models", *models, "--schemes", "mpvg", "gap", "--engines", "eager", "--no-wall", "--checkpointing"]
+    assert bench_train.main([*small, *options, "--json", str(report), "--plot", str(plot)]) == 0
+    found = json.loads(report.read_text())
+    assert found["settings"]["models"] == models and found["settings"]["schemes"] == ["mpvg", "gap"]
+    rows = {(r["model"], r["provider"], r["scheme"]): r for r in found["rows"]}
+    ours = [("reference", "mpvg"), ("cpp", "mpvg"), ("cpp", "gap")]
+    assert set(rows) == {(models[0], *key) for key in [("plain", "gap"), *ours]} | {
+        (models[1], *key) for key in [("timm", "gap"), *ours]
+    }
+    for (model, _, scheme), row in rows.items():
+        assert row["status"] == "ok" and row["ms"] > 0 and row["vs_plain"] > 0
+        assert (row["img_size"], row["depth"]) == (32, 2)
+        assert (row["vs_timm"] is None) == (model == models[0])
+        assert (row["vs_reference"] is None) == (scheme == "gap")
+        assert 0 < row["peak_checkpointing_bytes"] <= row["peak_extra_bytes"]
+        assert model == models[0] or row["peak_checkpointing_bytes"] < row["peak_extra_bytes"]
+    plain = {(provider, built) for provider, built in made if provider in bench_train.PLAIN}
+    assert plain == {("plain", "gap"), ("timm", "SwinTransformer")}
+    parameters = {key: row["parameters"] for key, row in rows.items()}
+    assert parameters[models[0], "cpp", "gap"] == parameters[models[0], "plain", "gap"]
+    assert parameters[models[1], "cpp", "gap"] == parameters[models[1], "timm", "gap"] + 8 * 8 * 96  # the PE table
+    assert plot.read_bytes().startswith(PNG)
+    table = capsys.readouterr().out
+    assert all(model in table for model in models)
+
+
+def test_the_table_has_every_architecture(monkeypatch, capsys):
+    asked = []
+
+    def run(engine, dtype, providers, settings, schemes, checkpointing):
+        asked.append((settings.model, engine, dtype, providers[0], tuple(schemes), checkpointing))
+        return []
+
+    monkeypatch.setattr(bench_train, "run", run)
+    assert bench_train.main(["--table", "all", "--device", "cpu", "--dtypes", "bf16"]) == 0
+    assert {name.split("_")[1] for name, *_ in asked} == {n.split("_")[1] for n in timm.list_models("mpvg_*")}
+    plain = {name: "timm" if name.split("_")[1] in ("deit", "swin") else "plain" for name, *_ in asked}
+    assert asked == [(name, "eager", "bf16", plain[name], ("mpvg", "gap"), True) for name in bench_train.TABLE]
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--models", "mpvg_deit_tiny_patch16"], "is no model of ours; did you mean 'mpvg_deit_tiny_patch16_224' or"),
+        (["--schemes", "mpgv"], "deit_tiny_patch16_224: "),
+        (["--model", "mpvg_ceit_tiny_patch16_224", "--img-size", "100"], "the nearest are height 96 or 112"),
+        (
+            ["--models", "mpvg_t2t_vit_7_224", "--providers", "timm", "cpp"],
+            "its plain GAP model is the provider 'plain'",
+        ),
+    ],
+)
+def test_bad_options_of_a_training_step(options, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        bench_train.main([*options, "--device", "cpu"])
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
