@@ -56,6 +56,19 @@ def test_pooled_checkpoint_of_another_grid_into_a_class_token_scheme(caplog):
     assert model.pos_embed.shape == (1, 25, DIM)
 
 
+@pytest.mark.parametrize(("scheme", "start"), [("default", 0), ("gap", 1)])
+def test_distilled_checkpoint(scheme, start, caplog):
+    """Its third kind of token has no place in a scheme: token, row and head go."""
+    weights = randomise(timm.create_model("deit_tiny_distilled_patch16_224", **SMALL)).state_dict()
+    model = build(scheme)
+    done = loaded(model, weights, caplog)
+    assert "dropped the distillation token and its head" in done
+    assert "dropped the distillation token's row of pos_embed" in done
+    rows = weights["pos_embed"]
+    assert torch.equal(model.pos_embed, torch.cat([rows[:, :1], rows[:, 2:]], 1)[:, start:])
+    assert torch.equal(model.head.weight, weights["head.weight"])
+
+
 def test_norm_after_the_pool_becomes_the_norm_before_it(caplog):
     weights = timms(class_token=False, global_pool="avg").state_dict()
     assert "fc_norm.weight" in weights

@@ -1,4 +1,4 @@
-"""timm's own VisionTransformer on the fused norms, for who wants its speed without a position scheme.
+"""timm's own VisionTransformer on the fused norms, for models without a position scheme.
 
     model = fuse_norms(timm.create_model("vit_small_patch16_224", pretrained=True))
 

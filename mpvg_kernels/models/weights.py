@@ -57,6 +57,7 @@ def checkpoint_filter_fn(
     """Convert a checkpoint of timm, DeiT, LaPE or the original Swin, or of another size of this model, to fit.
 
     The class token and its PE slot are dropped for a pooled scheme; a model that has them and finds none keeps its own.
+    The distillation token of DeiT's distilled models is always dropped, with its head.
     PE tables are resampled to the model's grid by rows and columns, patch weights to its patch size. The PE LayerNorms
     of a checkpoint that has none are new; where a Swin has no PE table, `model` keeps its own. One log line says what
     was done. Names and shapes are not checked here: `load_weights` does.
@@ -85,7 +86,11 @@ def checkpoint_filter_fn(
     out = model.rename_checkpoint({k: v for k, v in state_dict.items() if k not in tables})
     done = ["found no PE table and left the model's own"] if "pos_embed" in out and "pos_embed" not in tables else []
 
-    source_prefix = sum(out[k].shape[1] for k in ("cls_token", "reg_token") if k in out)
+    source_prefix = sum(out[k].shape[1] for k in ("cls_token", "dist_token", "reg_token") if k in out)
+    distilled = "dist_token" in out  # by DeiT's teacher; no scheme has a place for it
+    if distilled:
+        out = {k: v for k, v in out.items() if k.split(".")[0] not in ("dist_token", "head_dist")}
+        done.append("dropped the distillation token and its head")
     drop_class_token = "cls_token" in out and getattr(model, "cls_token", None) is None
     if drop_class_token:
         parts = ("cls_token", *model.class_token_parts)
@@ -117,6 +122,9 @@ def checkpoint_filter_fn(
             old_grid, prefix, table = tuple(table.shape[1:3]), 0, table.flatten(1, 2)
         else:
             old_grid, prefix = _source_grid(model, name, table, source_prefix, grid, patch_weight)
+        if distilled and prefix:
+            table, prefix = torch.cat([table[:, :1], table[:, 2:]], dim=1), prefix - 1
+            done.append(f"dropped the distillation token's row of {name}")
         if drop_class_token and prefix:
             table, prefix = table[:, 1:], prefix - 1
             done.append(f"dropped the class token's row of {name}")
