@@ -204,8 +204,8 @@ def _trace(model: nn.Module, images: Tensor, batch: int | None, kernels: bool) -
 def _fold(module: torch.fx.GraphModule) -> bool:
     """Compute what follows from parameters alone, and make it constants in place; whether there was something.
 
-    `models.pos_tables` leaves little to do, but not every architecture has it: Swin's PE goes through PatchMergings. The
-    fused operators take LN'(pos) with the tokens, so that in a Swin with kernels it stays a part of every call.
+    `models.pos_tables` leaves little to do, but not every architecture has it: Swin's PE goes through PatchMergings.
+    The fused operators take LN'(pos) with the tokens, so that in a Swin with kernels it stays a part of every call.
     """
     known: dict[torch.fx.Node, Any] = {}
     for node in module.graph.nodes:
