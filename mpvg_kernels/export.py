@@ -118,7 +118,8 @@ def export(
             difference = _difference(again, model, input_size, (batch,) if batch else (1, 3), TOLERANCES[format])
         os.replace(tmp, path)
     except OSError as error:
-        raise InputError(f"{path} can't be written ({error.strerror}): choose another place with --out") from None
+        why = error.strerror or error
+        raise InputError(f"{path} can't be written ({why}): choose another place with --out") from None
     finally:
         shutil.rmtree(tmp, ignore_errors=True)
         with contextlib.suppress(OSError):
