@@ -360,7 +360,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             rows += found
             if args.json:  # after each group: a run that is cut off leaves what it has
                 described = settings._asdict() | {"allocator": allocator, "quick": args.quick}
-                described |= {"models": args.models, "schemes": args.schemes}
+                described |= {"model": " ".join(args.models), "models": args.models, "schemes": args.schemes}
+                del described["scheme"]
                 harness.write_json(args.json, "train", described, rows)
     if args.plot:
         plot(args.plot, rows)

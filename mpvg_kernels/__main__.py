@@ -51,17 +51,25 @@ def train(args: argparse.Namespace, fields: list[str]) -> int:
 
 
 def evaluate(args: argparse.Namespace, _: list[str]) -> int:
-    from .train import checkpoint, loop
+    from .train import loop
 
     result = loop.evaluate_run(args.folder, args.weights)
     figures = f"accuracy {result['acc']:.2f} %, loss {result['loss']:.4f}, {result['images']} images"
     print(f"{args.folder} ({args.weights}): {figures}")
-    if args.json:
-        try:
-            checkpoint.write_json(args.json, result)
-        except OSError as error:
-            raise InputError(f"{args.json} can't be written ({error.strerror})") from None
+    write_result(args.json, result)
     return 0
+
+
+def write_result(path: Path | None, result: dict) -> None:
+    """Write what a command found as JSON, where it was asked for."""
+    from .train import checkpoint
+
+    if path is None:
+        return
+    try:
+        checkpoint.write_json(path, result)
+    except OSError as error:
+        raise InputError(f"{path} can't be written ({error.strerror})") from None
 
 
 def export(args: argparse.Namespace, _: list[str]) -> int:
@@ -74,6 +82,7 @@ def export(args: argparse.Namespace, _: list[str]) -> int:
         print(f"mpvg: {error}", file=sys.stderr)
         return 1
     print(export.describe(done, args.format, args.batch))
+    write_result(args.json, done._asdict() | {"path": str(done.path), "allowed": export.TOLERANCES[args.format]})
     return 0
 
 
@@ -150,6 +159,7 @@ def parser() -> Parser:
     sub.add_argument("--img-size", metavar="SIZE", type=image_size, help="image size, 224 or 224x160 (default: own)")
     sub.add_argument("--batch", metavar="N", type=int, help="fix the number of images a call (default: any number)")
     sub.add_argument("--kernels", action="store_true", help="pt2: keep the fused operators (needs this package)")
+    sub.add_argument("--json", metavar="FILE", type=Path, help="write path and difference there as well")
     command("recipes", recipes, "list the recipes")
     command("info", info, "print which backends there are, which are not and why")
     sub = command("bench", bench, "run a benchmark of the repository; what follows its name goes to it")

@@ -118,7 +118,8 @@ def export(
             difference = _difference(again, model, input_size, (batch,) if batch else (1, 3), TOLERANCES[format])
         os.replace(tmp, path)
     except OSError as error:
-        raise InputError(f"{path} can't be written ({error.strerror}): choose another place with --out") from None
+        why = error.strerror or error
+        raise InputError(f"{path} can't be written ({why}): choose another place with --out") from None
     finally:
         shutil.rmtree(tmp, ignore_errors=True)
         with contextlib.suppress(OSError):
@@ -204,8 +205,8 @@ def _trace(model: nn.Module, images: Tensor, batch: int | None, kernels: bool) -
 def _fold(module: torch.fx.GraphModule) -> bool:
     """Compute what follows from parameters alone, and make it constants in place; whether there was something.
 
-    `models.pos_tables` leaves little to do, but not every architecture has it: Swin's PE goes through PatchMergings. The
-    fused operators take LN'(pos) with the tokens, so that in a Swin with kernels it stays a part of every call.
+    `models.pos_tables` leaves little to do, but not every architecture has it: Swin's PE goes through PatchMergings.
+    The fused operators take LN'(pos) with the tokens, so that in a Swin with kernels it stays a part of every call.
     """
     known: dict[torch.fx.Node, Any] = {}
     for node in module.graph.nodes:

@@ -154,7 +154,11 @@ def test_a_name_gets_random_weights_another_size_and_scheme(tmp_path, monkeypatc
 def test_weights_and_size_of_a_run(run, tmp_path, capsys):
     folder = save_run(tmp_path / "run", small_model("deit"))
     RunFolder(folder).save("best", best := small_model("deit"))
-    mpvg(folder, "--format", "safetensors", "--weights", "best", "--out", tmp_path / "best", "--img-size", "64x32")
+    mpvg(folder, "--format", "safetensors", "--weights", "best", "--out", tmp_path / "best", "--img-size", "64x32",
+         "--json", tmp_path / "result.json")  # fmt: skip
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["path"] == str(tmp_path / "best") and result["difference"] == result["allowed"] == 0
+    assert result["input_size"] == [3, 64, 32] and result["what"] == f"{folder} (best weights)"
     best.set_input_size((64, 32))
     again = timm.create_model(f"local-dir:{tmp_path / 'best'}", pretrained=True).eval()
     image = torch.randn(1, 3, 64, 32)
