@@ -1,4 +1,4 @@
-"""What the compiler makes of every GPU kernel, and the times that follow from bytes alone. Needs no GPU.
+"""What the compiler makes of every Triton kernel, and the times that follow from bytes alone. Needs no GPU.
 
     python benchmarks/resources.py                 compile, print the table, and write the files in benchmarks/results
     python benchmarks/resources.py --check         compile, and compare with the committed table
@@ -7,12 +7,11 @@ resources.json holds a row for each kernel, width, dtype and architecture: {"ver
 with the keys KEYS. predictions.json holds *predicted* times: bytes of `operators.traffic` over a bandwidth. Both have a
 Markdown twin to read.
 
-Triton kernels are those that a call with a branch, a scale and all gradients launches. The CUDA C++ kernels' rows come
-from resources_cuda.py, where that and nvcc are there.
+The kernels are those that a call with a branch, a scale and all gradients launches. resources_cuda.py has the same of
+the CUDA C++ kernels.
 """
 
 import argparse
-import importlib
 import json
 import sys
 from collections.abc import Iterable, Sequence
@@ -85,20 +84,6 @@ def triton_rows(architectures: Sequence[int] = triton_aot.ARCHITECTURES) -> list
                 )  # fmt: skip
                 rows.append(dict(zip(KEYS, values, strict=True)))
     return rows
-
-
-def cuda_rows() -> tuple[list[dict[str, Any]], str]:
-    """The rows of the CUDA C++ kernels, or none and why."""
-    try:
-        module = importlib.import_module("resources_cuda")
-    except ModuleNotFoundError as error:
-        if error.name != "resources_cuda":
-            raise
-        return [], "there are no CUDA C++ kernels in this version"
-    try:
-        return module.rows(), ""
-    except FileNotFoundError as error:
-        return [], f"nvcc is missing ({error})"
 
 
 def versions() -> dict[str, str]:
@@ -224,10 +209,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR", help="default: %(default)s")
     args = parser.parse_args(argv)
     rows = triton_rows()
-    more, reason = cuda_rows()
-    if reason:
-        print(f"no rows of the cuda backend: {reason}", file=sys.stderr)
-    rows += more
     table = resources_markdown(versions(), rows)
     print(table)
     if args.check:

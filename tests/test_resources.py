@@ -5,7 +5,6 @@ import json
 import sys
 from importlib.metadata import version
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -28,15 +27,11 @@ def compiled() -> list[dict]:
     return resources.triton_rows()
 
 
-def of_triton(rows: list[dict]) -> list[dict]:
-    return [row for row in rows if row["backend"] == "triton"]
-
-
 def test_the_committed_table_is_what_is_compiled():
     table = committed("resources")
     if table["versions"]["triton"] != version("triton"):
         pytest.skip(f"the table is of Triton {table['versions']['triton']}; with {version('triton')} only spills count")
-    assert not resources.differences(of_triton(table["rows"]), compiled())
+    assert not resources.differences(table["rows"], compiled())
 
 
 def test_no_kernel_spills():
@@ -46,7 +41,7 @@ def test_no_kernel_spills():
 
 
 def test_every_width_dtype_and_architecture_is_there():
-    rows = of_triton(committed("resources")["rows"])
+    rows = committed("resources")["rows"]
     assert all(tuple(row) == resources.KEYS for row in rows)
     kernels = {(row["operator"], row["direction"], row["kernel"]) for row in rows}
     assert len(rows) == len(kernels) * len(resources.WIDTHS) * len(resources.DTYPES) * 3
@@ -92,15 +87,3 @@ def test_differences_name_what_changed():
     assert resources.differences([row], [dict(row)]) == []
     assert resources.differences([row], [row | {"registers": 9}]) == ["1 1 1 1 1 1 1: registers was 1, is 9"]
     assert resources.differences([row], [row | {"kernel": "k"}])[0].endswith("only in one of the tables")
-
-
-@pytest.mark.parametrize(
-    "rows, found",
-    [
-        (lambda: [{"backend": "cuda"}], ([{"backend": "cuda"}], "")),
-        (lambda: open("/nowhere/nvcc"), ([], "nvcc is missing ([Errno 2] No such file or directory: '/nowhere/nvcc')")),
-    ],
-)
-def test_rows_of_the_cuda_kernels_are_merged(monkeypatch, rows, found):
-    monkeypatch.setitem(sys.modules, "resources_cuda", SimpleNamespace(rows=rows))
-    assert resources.cuda_rows() == found
