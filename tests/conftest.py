@@ -44,6 +44,11 @@ def backend(request, monkeypatch):
         yield name
 
 
+def pytest_collection_modifyitems(items):
+    """What takes minutes comes first, so that pytest-xdist's workers do not wait for one of them at the end."""
+    items.sort(key=lambda item: "slow" not in item.keywords)
+
+
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
