@@ -202,7 +202,8 @@ def _from_environment() -> Choice:
 
 _requested: Choice = _from_environment()
 
-# The backend that eager calls get, by device type, as far as it was asked for: csrc/autograd.cpp looks it up here.
+# The backend that eager calls get, by device type, as far as it was asked for: csrc/autograd.cpp looks it up here. Another
+# choice has a dictionary of its own, so that a thread that was still resolving the last one leaves nothing in it.
 eager: dict[str, str] = {}
 
 
@@ -234,21 +235,21 @@ class use_backend:
     """
 
     def __init__(self, name: str, *, compiled: str | None = None):
-        global _requested
+        global _requested, eager
         choice = Choice(name, name if compiled is None else compiled)
         for asked in choice:
             if _check_name(asked) != "auto" and not status(asked).devices:
                 raise BackendUnavailableError(f"backend {asked!r} is not available: {status(asked).reason}")
         self._previous, _requested = _requested, choice
-        eager.clear()
+        eager = {}
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
-        global _requested
+        global _requested, eager
         _requested = self._previous
-        eager.clear()
+        eager = {}
 
 
 def available_backends(device: str | torch.device | None = None) -> tuple[str, ...]:
@@ -273,7 +274,8 @@ def resolve(device_type: str, compiled: bool | None = None) -> str:
         compiled = torch.compiler.is_compiling()
     if compiled:
         return _resolve(_requested.compiled, device_type, True)
-    eager[device_type] = backend = _choose(_requested.eager, device_type, False)
+    known = eager  # before _requested is read, see there
+    known[device_type] = backend = _choose(_requested.eager, device_type, False)
     return backend
 
 
