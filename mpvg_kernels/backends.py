@@ -202,8 +202,8 @@ def _from_environment() -> Choice:
 
 _requested: Choice = _from_environment()
 
-# The backend that eager calls get, by device type, as far as it was asked for: csrc/autograd.cpp looks it up here. Another
-# choice has a dictionary of its own, so that a thread that was still resolving the last one leaves nothing in it.
+# The backend that eager calls get, by device type, as far as it was asked for: csrc/autograd.cpp looks it up here.
+# Another choice has a dictionary of its own, so that a thread still resolving the last one leaves nothing in it.
 eager: dict[str, str] = {}
 
 
