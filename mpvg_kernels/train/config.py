@@ -2,12 +2,13 @@
 
 A recipe is a value of `Config`; the command line changes single fields of it (`from_args`); the resolved whole is saved
 in the run folder and read back from there (`from_dict`). Unknown names and illegal values are `InputError`s that name
-the field.
+the field; what is set and has no effect is told by `ignored`.
 """
 
 import contextlib
 import dataclasses
 import io
+from collections.abc import Iterator
 from typing import Any, Literal
 
 from . import InputError, near_matches
@@ -29,8 +30,25 @@ class Model:
     """Number of blocks."""
     num_heads: int | None = None
     """Attention heads of a block."""
+    drop_rate: float | None = None
+    """Dropout before the classifier."""
+    attn_drop_rate: float | None = None
+    """Dropout of the attention weights."""
     drop_path_rate: float | None = None
     """Stochastic depth of the last block; the blocks before it get linearly less."""
+    weights: str | None = None
+    """Weights to start from: a file, a folder that timm wrote, or a run folder; another grid is resampled, a head of
+    other classes starts anew."""
+    pretrained: bool = False
+    """Start from timm's published weights of the model, which are downloaded."""
+    freeze: tuple[str, ...] = ()
+    """Parts that do not train, by the beginning of their parameters' names: patch_embed blocks.0 ..."""
+    linear_probe: bool = False
+    """Train the classifier alone; everything else is frozen and stays in eval mode."""
+    grad_checkpointing: bool = False
+    """Keep the blocks' inputs alone for the backward pass and compute the rest again: less memory, more time."""
+    channels_last: bool = False
+    """Channels-last memory format of images and convolution weights."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,12 +56,37 @@ class Data:
     """The images."""
 
     name: str = "digits"
-    """Dataset: digits (scikit-learn's 1,797 handwritten digits, a fifth held out)."""
+    """Dataset: digits (scikit-learn's 1,797 handwritten digits, a fifth held out), folder (a folder or tar file of
+    images, a folder for each class), or any name of timm's create_dataset: torch/cifar100, hfds/..., wds/..."""
+    root: str | None = None
+    """Where the images are; a folder may have train/ and val/ (or validation/, test/) in it."""
+    train_split: str = "train"
+    """Name of the training split."""
+    val_split: str = "validation"
+    """Name of the split that is evaluated."""
+    download: bool = False
+    """Let torchvision or Hugging Face download the data set where it is missing."""
+    num_classes: int | None = None
+    """Number of classes, where the data set itself does not say."""
+    img_size: tuple[int, int] | None = None
+    """Height and width of the images that the model gets; None is the model's own size."""
+    mean: tuple[float, ...] | None = None
+    """Mean of each channel (0 to 1) that is subtracted; None is the model's own."""
+    std: tuple[float, ...] | None = None
+    """Deviation of each channel that is divided by; None is the model's own."""
+    crop_pct: float | None = None
+    """Evaluation: share of the resized image's side that the centre crop keeps; None is the model's own."""
+    interpolation: Literal["bilinear", "bicubic", "lanczos"] = "bicubic"
+    """Evaluation: how images are resized."""
+    workers: int = 4
+    """Processes that decode and augment images, for each training process; 0 does it in the training process."""
+    max_bad_share: float = 0.01
+    """Share of the training images that may be unreadable (they are replaced) before the run stops."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Aug:
-    """Random affine augmentation of the training images, each with draws of its own, uniform in +- the value."""
+class Affine:
+    """Random affine maps of the digits, each with draws of its own, uniform in +- the value."""
 
     prob: float = 0.6
     """Share of the images that are changed; the others stay as sharp as the held-out ones."""
@@ -58,27 +101,99 @@ class Aug:
 
 
 @dataclasses.dataclass(frozen=True)
+class Aug:
+    """Augmentation of the training images."""
+
+    affine: Affine = Affine()
+    crop: Literal["resized", "padded"] = "resized"
+    """resized: a random part, resized (timm's default); padded: resized whole, then cropped with a margin around."""
+    scale: tuple[float, float] = (0.08, 1.0)
+    """crop=resized: least and largest share of the image's area."""
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """crop=resized: least and largest aspect ratio."""
+    padding: int = 28
+    """crop=padded: the margin in pixels."""
+    interpolation: Literal["bilinear", "bicubic", "lanczos", "random"] = "bicubic"
+    """How images are resized."""
+    hflip: float = 0.5
+    """Probability of a horizontal flip."""
+    color_jitter: float = 0.4
+    """Range of random brightness, contrast and saturation; not used together with auto_augment, as in timm."""
+    auto_augment: str | None = None
+    """Policy in timm's notation, for example rand-m9-mstd0.5-inc1."""
+    repeats: int = 1
+    """Repeated augmentation: how often an image comes in an epoch, augmented anew each time; an epoch keeps its length."""
+    erase_prob: float = 0.0
+    """Probability that a random rectangle is replaced by noise (random erasing)."""
+    mixup: float = 0.0
+    """Alpha of mixup; 0 is off."""
+    cutmix: float = 0.0
+    """Alpha of CutMix; 0 is off. With mixup too, each batch takes one of them at random."""
+    mix_prob: float = 1.0
+    """Probability that a batch is mixed at all."""
+    mix_switch_prob: float = 0.5
+    """Probability of CutMix where both are on."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Optim:
     """The optimizer. Biases, 1-D parameters and what the model names in no_weight_decay() are not decayed."""
 
     name: str = "adamw"
     """timm name of the optimizer."""
     lr: float = 1e-3
-    """Peak learning rate, for the whole batch as it is (no scaling rule is applied)."""
+    """Peak learning rate; see lr_base_batch."""
+    lr_base_batch: int | None = None
+    """Batch that lr is meant for: the peak is lr x batch / lr_base_batch. None: lr as it is."""
     weight_decay: float = 0.05
     """Weight decay."""
+    decay_pos_embed: bool = False
+    """Decay the position embedding as well."""
+    momentum: float = 0.9
+    """Momentum, for optimizers that have one."""
+    betas: tuple[float, float] | None = None
+    """Adam's two decay rates; None is the optimizer's own."""
+    eps: float | None = None
+    """Adam's epsilon; None is the optimizer's own."""
+    layer_decay: float | None = None
+    """Layer-wise decay of the learning rate: a factor for each layer below the head."""
+    backbone_lr_scale: float = 1.0
+    """Learning rate of everything but the head, relative to the head's; min_lr is the same for both."""
+    clip_grad: float | None = None
+    """Largest norm of the whole gradient; None does not clip."""
+    ema_decay: float | None = None
+    """Decay of an exponential moving average of the weights, evaluated and saved beside them; None keeps none."""
+    ema_warmup: bool = False
+    """Start the average with a smaller decay that grows to ema_decay."""
+    max_skipped: int = 10
+    """Updates in a row that may be skipped for a loss or gradient that is not finite before the run stops."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Sched:
-    """Cosine learning rate with a linear warm-up, set at every update."""
+    """The learning rate over the run: a linear warm-up, then a curve down to min_lr."""
 
-    warmup_epochs: int = 3
-    """Epochs of warm-up; they count as epochs of the cosine, as in timm."""
+    name: Literal["cosine", "poly", "step", "constant"] = "cosine"
+    """Curve after the warm-up."""
+    per: Literal["update", "epoch"] = "update"
+    """How often the learning rate changes."""
+    warmup_epochs: float = 3
+    """Epochs of warm-up."""
+    warmup_prefix: bool = False
+    """False: warm-up epochs count as epochs of the curve, which is entered where they end (timm's default). True: the
+    curve starts after them and is as much shorter."""
     warmup_lr: float = 1e-6
     """Learning rate of the first update."""
     min_lr: float = 1e-5
-    """Learning rate at the cosine's end."""
+    """Learning rate at the curve's end."""
+    scale_with_batch: bool = False
+    """Let optim.lr_base_batch scale warmup_lr and min_lr too, as Swin does."""
+    cooldown_epochs: int = 0
+    """Epochs at min_lr after the `epochs` of the curve."""
+    decay_epochs: float = 30
+    """name=step: epochs between two steps."""
+    decay_rate: float = 0.1
+    """name=step: the factor of a step; name=poly: the power."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,6 +204,43 @@ class Loss:
     """Softmax cross-entropy, or binary cross-entropy on every class."""
     smoothing: float = 0.0
     """Label smoothing."""
+    distillation: Literal["none", "soft", "hard"] = "none"
+    """Learn from a teacher too, as DeiT does: soft (its probabilities) or hard (the class it prefers)."""
+    teacher: str | None = None
+    """timm name of the teacher."""
+    teacher_weights: str | None = None
+    """The teacher's weights, a file or a folder; None downloads timm's published ones."""
+    distill_alpha: float = 0.5
+    """Share of the teacher in the loss."""
+    distill_tau: float = 1.0
+    """Temperature of the soft probabilities."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Dist:
+    """Several devices and machines: start `mpvg train` by torchrun or srun, one process for each device."""
+
+    mode: Literal["ddp", "fsdp"] = "ddp"
+    """ddp: weights on every device; fsdp: weights, gradients and optimizer state shared out (FSDP2)."""
+    backend: Literal["auto", "nccl", "gloo"] = "auto"
+    """Communication: nccl between GPUs, gloo between CPUs."""
+    micro_batch: int | None = None
+    """Most images that a device takes at once; a larger share of the batch is taken in equal parts and their gradients
+    added up. None takes the share whole."""
+    sync_bn: bool = False
+    """Batch norms use the statistics of all devices (CeiT has batch norms)."""
+    timeout: float = 30.0
+    """Minutes to wait for another process before giving up."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """What is saved for a resume, besides what a signal saves."""
+
+    interval: int | None = None
+    """Updates between two checkpoints; None saves at the end of every epoch only."""
+    keep: int = 2
+    """Checkpoints that are kept, the newest ones; at least 2, so that a damaged one has another behind it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +249,12 @@ class Log:
 
     interval: int = 10
     """Updates between two lines of log.jsonl."""
+    tensorboard: bool | None = None
+    """Write TensorBoard's files into the run folder; None does where tensorboard is installed."""
+    wandb: str | None = None
+    """Weights & Biases project to log to; None does not."""
+    peak_tflops: float | None = None
+    """Peak TFLOP/s of a device in the run's precision, for the model FLOP/s utilisation; None knows common GPUs."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,13 +264,20 @@ class Config:
     seed: int = 0
     """Seed of weights, order and augmentation; the held-out images do not depend on it."""
     epochs: int = 32
-    """Passes over the training images."""
+    """Passes over the training images, sched.cooldown_epochs aside."""
     batch: int = 64
-    """Images of an update; an epoch's last, incomplete batch is left out."""
-    amp: Literal["none", "bf16"] = "none"
-    """Automatic mixed precision: none (everything fp32) or bf16 autocast."""
+    """Images of an update, over all devices; an epoch's last, incomplete batch is left out."""
+    amp: Literal["none", "bf16", "fp16"] = "none"
+    """Automatic mixed precision: none (everything fp32), bf16, or fp16 with a loss scale."""
     compile: bool = False
     """Train through torch.compile."""
+    deterministic: bool = False
+    """On a GPU: deterministic algorithms alone, so that a resumed run is bitwise the uninterrupted one; on a CPU that
+    always holds."""
+    profile: bool = False
+    """Write a torch.profiler trace of a few updates, and a table of the slowest operators, into RUN/profile."""
+    eval_interval: int = 1
+    """Epochs between two evaluations; the last epoch is always evaluated."""
     device: str = "auto"
     """Device of the run: auto (a GPU where there is one), cpu, cuda, cuda:1, ..."""
     threads: int | None = None
@@ -123,39 +288,157 @@ class Config:
     optim: Optim = Optim()
     sched: Sched = Sched()
     loss: Loss = Loss()
+    dist: Dist = Dist()
+    checkpoint: Checkpoint = Checkpoint()
     log: Log = Log()
 
     def __post_init__(self):
         def need(ok: bool, field: str, expected: str):
             if not ok:
-                section, _, name = field.rpartition(".")
-                value = getattr(getattr(self, section) if section else self, name)
-                raise InputError(f"config field {field} is {value!r}, expected {expected}")
+                raise InputError(f"config field {field} is {get(self, field)!r}, expected {expected}")
+
+        def share(field: str):
+            need(0 <= get(self, field) <= 1, field, "0 to 1")
+
+        def optional(field: str, ok, expected: str):
+            value = get(self, field)
+            need(value is None or ok(value), field, f"{expected}, or None")
 
         need(self.seed >= 0, "seed", "0 or more")
         need(self.epochs >= 1, "epochs", "1 or more")
         need(self.batch >= 1, "batch", "1 or more")
-        need(self.threads is None or self.threads >= 1, "threads", "1 or more, or None")
+        need(self.eval_interval >= 1, "eval_interval", "1 or more")
+        optional("threads", lambda v: v >= 1, "1 or more")
+        for field in ("model.drop_rate", "model.attn_drop_rate", "model.drop_path_rate"):
+            optional(field, lambda v: 0 <= v < 1, "0 or more and less than 1")
+        need(not (self.model.weights and self.model.pretrained), "model.pretrained", "False where model.weights is set")
+        need(
+            not (self.model.linear_probe and self.model.freeze),
+            "model.freeze",
+            "nothing where model.linear_probe is set, which freezes all but the head",
+        )
+        optional("data.num_classes", lambda v: v >= 1, "1 or more")
+        optional("data.img_size", lambda v: min(v) >= 1, "pixels")
+        optional("data.crop_pct", lambda v: 0 < v <= 1, "more than 0 and at most 1")
+        optional("data.std", lambda v: min(v) > 0, "more than 0")
+        need(self.data.workers >= 0, "data.workers", "0 or more")
+        for field in ("data.max_bad_share", "aug.affine.prob", "aug.hflip", "aug.erase_prob", "aug.mix_prob"):
+            share(field)
+        share("aug.mix_switch_prob")
+        share("loss.distill_alpha")
+        need(0 <= self.aug.affine.scale < 1, "aug.affine.scale", "0 or more and less than 1")
+        need(0 < self.aug.scale[0] <= self.aug.scale[1] <= 1, "aug.scale", "two shares of the area, least first")
+        need(0 < self.aug.ratio[0] <= self.aug.ratio[1], "aug.ratio", "two ratios, least first")
+        for field in ("aug.padding", "aug.color_jitter", "aug.mixup", "aug.cutmix"):
+            need(get(self, field) >= 0, field, "0 or more")
+        need(self.aug.repeats >= 1, "aug.repeats", "1 or more")
         need(self.optim.lr > 0, "optim.lr", "more than 0")
+        optional("optim.lr_base_batch", lambda v: v >= 1, "1 or more")
         need(self.optim.weight_decay >= 0, "optim.weight_decay", "0 or more")
-        need(0 <= self.sched.warmup_epochs < self.epochs, "sched.warmup_epochs", f"0 to epochs - 1 = {self.epochs - 1}")
-        need(0 <= self.sched.warmup_lr <= self.optim.lr, "sched.warmup_lr", f"0 to optim.lr = {self.optim.lr:g}")
-        need(0 <= self.sched.min_lr <= self.optim.lr, "sched.min_lr", f"0 to optim.lr = {self.optim.lr:g}")
+        need(0 <= self.optim.momentum < 1, "optim.momentum", "0 or more and less than 1")
+        optional("optim.betas", lambda v: 0 <= min(v) <= max(v) < 1, "two numbers, 0 or more and less than 1")
+        optional("optim.eps", lambda v: v >= 0, "0 or more")
+        optional("optim.layer_decay", lambda v: 0 < v <= 1, "more than 0 and at most 1")
+        need(self.optim.backbone_lr_scale > 0, "optim.backbone_lr_scale", "more than 0")
+        need(
+            self.optim.layer_decay is None or self.optim.backbone_lr_scale == 1,
+            "optim.layer_decay",
+            "None where optim.backbone_lr_scale is set",
+        )
+        optional("optim.clip_grad", lambda v: v > 0, "more than 0")
+        optional("optim.ema_decay", lambda v: 0 <= v < 1, "0 or more and less than 1")
+        need(self.optim.max_skipped >= 0, "optim.max_skipped", "0 or more")
+        need(0 <= self.sched.warmup_epochs < self.epochs, "sched.warmup_epochs", f"0 to below epochs = {self.epochs}")
+        need(
+            self.sched.per == "update" or float(self.sched.warmup_epochs).is_integer(),
+            "sched.warmup_epochs",
+            "a whole number where sched.per is epoch",
+        )
+        for field in ("sched.warmup_lr", "sched.min_lr"):
+            need(0 <= get(self, field) <= self.optim.lr, field, f"0 to optim.lr = {self.optim.lr:g}")
+        need(self.sched.cooldown_epochs >= 0, "sched.cooldown_epochs", "0 or more")
+        need(self.sched.decay_epochs > 0, "sched.decay_epochs", "more than 0")
+        need(self.sched.decay_rate > 0, "sched.decay_rate", "more than 0")
         need(0 <= self.loss.smoothing < 1, "loss.smoothing", "0 or more and less than 1")
-        need(0 <= self.aug.prob <= 1, "aug.prob", "0 to 1")
-        need(0 <= self.aug.scale < 1, "aug.scale", "0 or more and less than 1")
+        need(self.loss.distill_tau > 0, "loss.distill_tau", "more than 0")
+        need(
+            self.loss.distillation == "none" or self.loss.teacher is not None,
+            "loss.teacher",
+            "a model's name where loss.distillation is set",
+        )
+        optional("dist.micro_batch", lambda v: v >= 1, "1 or more")
+        need(self.dist.timeout > 0, "dist.timeout", "more than 0")
+        optional("checkpoint.interval", lambda v: v >= 1, "1 or more")
+        need(self.checkpoint.keep >= 2, "checkpoint.keep", "2 or more")
         need(self.log.interval >= 1, "log.interval", "1 or more")
+        optional("log.peak_tflops", lambda v: v > 0, "more than 0")
+
+    @property
+    def total_epochs(self) -> int:
+        """Epochs of the whole run, the cool-down included."""
+        return self.epochs + self.sched.cooldown_epochs
 
 
-def field_names(cls: type = Config, prefix: str = "") -> list[str]:
-    """Every field's dotted name, in order: seed, ..., model.name, ..."""
-    names = []
+def get(config: Any, name: str) -> Any:
+    """The value of a field by its dotted name, for example `optim.lr`."""
+    for part in name.split("."):
+        config = getattr(config, part)
+    return config
+
+
+def fields(cls: type = Config, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field]]:
+    """Every field with its dotted name, in order: seed, ..., model.name, ..., aug.affine.prob, ..."""
     for field in dataclasses.fields(cls):
         if dataclasses.is_dataclass(field.type):
-            names += field_names(field.type, f"{prefix}{field.name}.")
+            yield from fields(field.type, f"{prefix}{field.name}.")
         else:
-            names.append(prefix + field.name)
-    return names
+            yield f"{prefix}{field.name}", field
+
+
+def field_names() -> list[str]:
+    """Every field's dotted name, in order."""
+    return [name for name, _ in fields()]
+
+
+def ignored(config: Config) -> list[str]:
+    """Sentences on fields that are set, and have no effect together with the others."""
+    default = Config()
+    digits, mixing = config.data.name == "digits", bool(config.aug.mixup or config.aug.cutmix)
+    cases = [
+        # (no effect when, because, the fields)
+        (not digits, "it is for data.name=digits", [n for n in field_names() if n.startswith("aug.affine.")]),
+        (
+            digits,
+            "data.name is digits",
+            [n for n in field_names() if n.startswith("data.") and n != "data.name"]
+            + ["aug.crop", "aug.scale", "aug.ratio", "aug.padding", "aug.interpolation"]
+            + ["aug.hflip", "aug.color_jitter", "aug.auto_augment"],
+        ),
+        (not digits and config.aug.crop != "padded", "aug.crop is resized", ["aug.padding"]),
+        (not digits and config.aug.crop != "resized", "aug.crop is padded", ["aug.scale", "aug.ratio"]),
+        (not digits and config.aug.auto_augment is not None, "aug.auto_augment is set", ["aug.color_jitter"]),
+        (not mixing, "neither aug.mixup nor aug.cutmix is on", ["aug.mix_prob"]),
+        (not (config.aug.mixup and config.aug.cutmix), "one of mixup and CutMix is off", ["aug.mix_switch_prob"]),
+        (config.optim.lr_base_batch is None, "optim.lr_base_batch is None", ["sched.scale_with_batch"]),
+        (config.optim.ema_decay is None, "optim.ema_decay is None", ["optim.ema_warmup"]),
+        (config.sched.name != "step", "sched.name is not step", ["sched.decay_epochs"]),
+        (config.sched.name not in ("step", "poly"), "sched.name is neither step nor poly", ["sched.decay_rate"]),
+        (config.sched.name == "constant", "sched.name is constant", ["sched.min_lr"]),
+        (not config.sched.warmup_epochs, "sched.warmup_epochs is 0", ["sched.warmup_lr", "sched.warmup_prefix"]),
+        (
+            config.loss.distillation == "none",
+            "loss.distillation is none",
+            ["loss.teacher", "loss.teacher_weights", "loss.distill_alpha", "loss.distill_tau"],
+        ),
+        (config.loss.distillation == "hard", "loss.distillation is hard", ["loss.distill_tau"]),
+    ]
+    return [
+        f"config field {name} has no effect: {reason}"
+        for when, reason, names in cases
+        if when
+        for name in names
+        if get(config, name) != get(default, name)
+    ]
 
 
 def check_names(names: list[str]) -> None:
@@ -171,6 +454,8 @@ def check_names(names: list[str]) -> None:
 def from_args(default: Config, args: list[str], prog: str = "mpvg train --recipe NAME") -> Config:
     """`default` with the fields that the command line sets, for example ["--optim.lr", "1e-3", "--epochs=2"].
 
+    A switch without a value (`--compile`) is turned on.
+
     Raises:
         InputError: an unknown field, or a value of the wrong kind.
         SystemExit: after printing the help, when `args` ask for it.
@@ -180,11 +465,17 @@ def from_args(default: Config, args: list[str], prog: str = "mpvg train --recipe
     # Ours and not tyro's check, for its one sentence; a single dash may start a negative number.
     options = [arg[2:].partition("=")[0] for arg in args if arg.startswith("--") and arg != "--help"]
     check_names([option.replace("-", "_") for option in options])
+    switches = {f"--{name}" for name, field in fields() if field.type in (bool, bool | None)}
+    given: list[str] = []
+    for arg, following in zip(args, [*args[1:], "--"], strict=True):
+        given.append(arg)
+        if arg.replace("-", "_").replace("__", "--", 1) in switches and following.startswith("--"):
+            given.append("True")
     message = io.StringIO()
     try:
         with contextlib.redirect_stderr(message):
             markers = (tyro.conf.FlagConversionOff,)  # --compile True, a value after every name
-            return tyro.cli(Config, default=default, args=args, prog=prog, use_underscores=True, config=markers)
+            return tyro.cli(Config, default=default, args=given, prog=prog, use_underscores=True, config=markers)
     except SystemExit as error:
         if not error.code:  # --help
             raise
@@ -199,12 +490,38 @@ def to_dict(config: Config) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
-def from_dict(values: dict[str, Any]) -> Config:
-    """The config that `to_dict` wrote.
+def from_dict(values: dict[str, Any], written_by: str | None = None) -> Config:
+    """The config that `to_dict` wrote, JSON's lists for tuples included.
+
+    Args:
+        values: nested dictionaries; what is left out takes its default.
+        written_by: the version of mpvg_kernels that wrote it, for the error.
 
     Raises:
         InputError: a field that this version does not know.
     """
-    sections = {field.name: field.type for field in dataclasses.fields(Config) if dataclasses.is_dataclass(field.type)}
-    check_names([f"{k}.{n}" for k in sections for n in values.get(k, {})] + [k for k in values if k not in sections])
-    return Config(**{k: sections[k](**v) if k in sections else v for k, v in values.items()})
+    try:
+        return _build(Config, values)
+    except InputError as error:
+        if written_by is None:
+            raise
+        from .. import __version__
+
+        versions = f"the config was written by mpvg_kernels {written_by}, this is {__version__}"
+        raise InputError(f"{error} ({versions})") from None
+
+
+def _build(cls: type, values: dict[str, Any], prefix: str = "") -> Any:
+    sections = {field.name: field.type for field in dataclasses.fields(cls) if dataclasses.is_dataclass(field.type)}
+    names = {field.name for field in dataclasses.fields(cls)}
+    check_names([f"{prefix}{name}" for name in values if name not in names])
+    return cls(
+        **{
+            name: _build(sections[name], value, f"{prefix}{name}.")
+            if name in sections
+            else tuple(value)
+            if isinstance(value, list)
+            else value
+            for name, value in values.items()
+        }
+    )
