@@ -1,7 +1,8 @@
 """Trains the library's models: `mpvg train`, `mpvg eval`, `mpvg recipes`.
 
-One file a concern: config (what can be set), recipes/ (values that work), data (images and their order), loop (the
-training itself), checkpoint (the run folder and the weights), metrics (logs, progress, curves), report (report.md).
+One file a concern: config (what can be set), recipes/ (values that work), data/ (images and their order), model, optim
+and losses (what is trained, how, and on what), loop (the training itself), distributed (many processes), signals,
+checkpoint (the run folder, weights, resuming), metrics (logs and progress), report (report.md).
 This file imports nothing heavy, so that the command line can name a missing extra instead of failing on it.
 """
 
@@ -15,6 +16,10 @@ class InputError(Exception):
 
 class TrainingError(Exception):
     """Training can't go on; the message says where it stopped and why."""
+
+
+class Stopped(Exception):
+    """A signal stopped the run, which is saved; the message says where, and how it goes on."""
 
 
 def near_matches(name: str, choices: Iterable[str]) -> str:

@@ -1,100 +1,271 @@
-"""What a run measures and where it goes: log.jsonl, metrics.csv, the progress shown, curves.png."""
+"""What a run measures and where it goes: log.jsonl, metrics.csv, the progress shown, TensorBoard, W&B, curves.png.
 
-import csv
+A run that is cut off and resumed leaves the same lines as one that was not, the keys in TIMES aside: the logs are cut
+back to where the checkpoint was made (`RunLog.sizes`), and the sums of a half-filled interval are in it (`Meter`).
+"""
+
 import json
+import resource
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from matplotlib.figure import Figure  # needs no display and has no global state, unlike pyplot
 from torch import Tensor
 from tqdm import tqdm
 
-COLUMNS = ("epoch", "step", "lr", "train_loss", "train_acc", "test_loss", "test_acc", "img_s")
+from .distributed import World
+
+COLUMNS = ("epoch", "step", "lr", "train_loss", "train_acc", "test_loss", "test_acc", "ema_loss", "ema_acc")
+COLUMNS += ("grad_norm", "skipped", "bad_images", "img_s")
+TIMES = ("time", "img_s", "data_wait", "memory_mb", "tflops", "mfu")
+"""Keys of a log line that differ from one run to the next."""
+LOG_FILES = ("log.jsonl", "metrics.csv")
+PLAIN_INTERVAL_S = 60.0
+"""Seconds between two lines of progress where there is no terminal."""
+# Dense peak TFLOP/s of one GPU with 16-bit inputs, from NVIDIA's data sheets (SXM); fp32 runs are not compared.
+PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "A100": 312.0, "L40S": 362.0, "A10": 125.0, "V100": 125.0}
 
 
-class Window:
-    """Loss, accuracy and throughput since it was last read; the sums stay on the device until then."""
+class Meter:
+    """Sums over updates, on the device, so that no update waits for one: loss, accuracy, gradient norm, skipped updates.
 
-    def __init__(self):
-        self.reset()
+    One vector of fp64 for each process; only `read` adds them up. Accuracy is against a mixed target's larger share.
+    """
+
+    KEYS = ("loss", "correct", "images", "grad_norm", "updates", "skipped")
+
+    def __init__(self, device: torch.device):
+        self.sums = torch.zeros(len(self.KEYS), dtype=torch.float64, device=device)
+
+    def add(self, sums: Tensor) -> None:
+        """Count one update's sums (6,), in the order of KEYS."""
+        self.sums += sums
 
     def reset(self) -> None:
-        self.start, self.images, self.loss, self.correct = time.perf_counter(), 0, 0.0, 0.0
+        self.sums.zero_()
 
-    def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
-        """Count one batch: its mean loss, its logits (B, classes) and its labels (B,)."""
-        self.images += len(labels)
-        self.loss = self.loss + loss.detach().double() * len(labels)
-        self.correct = self.correct + (logits.detach().argmax(-1) == labels).sum()
+    def read(self, world: World) -> dict[str, float]:
+        """loss (mean over images), acc (percent), grad_norm (mean over the updates not skipped), skipped, images."""
+        sums = self.sums.clone()
+        if world.size > 1:
+            shared = sums[:3].clone()  # the others are the same on every process
+            dist.all_reduce(shared)
+            sums[:3] = shared
+        loss, correct, images, grad_norm, updates, skipped = sums.tolist()  # waits for the device
+        return {
+            "loss": loss / max(images, 1),
+            "acc": 100 * correct / max(images, 1),
+            "grad_norm": grad_norm / max(updates - skipped, 1),
+            "skipped": int(skipped),
+            "images": int(images),
+        }
 
-    def read(self) -> dict[str, float]:
-        """loss (mean over images), acc (percent), img_s (images a second)."""
-        loss, acc = float(self.loss) / self.images, 100 * float(self.correct) / self.images  # waits for the device
-        return {"loss": loss, "acc": acc, "img_s": round(self.images / (time.perf_counter() - self.start), 1)}
+
+class Spikes:
+    """Finds intervals whose loss is far above those before it: by more than 4 deviations and a tenth of their mean."""
+
+    def __init__(self):
+        self.mean, self.square, self.count = 0.0, 0.0, 0
+
+    def __call__(self, loss: float) -> bool:
+        """Whether `loss` is a spike; remembers it with a weight of a tenth."""
+        deviation = max(self.square - self.mean**2, 0.0) ** 0.5
+        spike = self.count >= 10 and loss > self.mean + max(4 * deviation, 0.1 * abs(self.mean))
+        weight = max(0.1, 1 / (self.count + 1))
+        self.mean += weight * (loss - self.mean)
+        self.square += weight * (loss**2 - self.square)
+        self.count += 1
+        return spike
+
+
+def memory_mb(device: torch.device) -> float:
+    """Peak memory in MB: what torch has held on a GPU, the process's resident size on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def peak_tflops(device: torch.device, amp: str, given: float | None) -> float | None:
+    """The device's peak TFLOP/s: the one that is given, or that of a known GPU at 16 bits."""
+    if given is not None or device.type != "cuda" or amp == "none":
+        return given
+    name = torch.cuda.get_device_name(device)
+    return next((peak for key, peak in PEAK_TFLOPS.items() if key in name), None)
+
+
+class LogFile:
+    """A text file that lines are added to. What a full disk does not take is kept and tried again with the next line."""
+
+    def __init__(self, path: Path, warn: Callable[[str], None]):
+        self.path, self._warn, self._pending, self._failed = path, warn, b"", False
+        self._file = open(path, "ab", buffering=0)
+
+    def write(self, line: str) -> None:
+        self._pending += line.encode() + b"\n"
+        try:
+            while self._pending:
+                self._pending = self._pending[self._file.write(self._pending) :]
+            self._failed = False
+        except OSError as error:
+            if not self._failed:
+                self._warn(f"{self.path} can't be written ({error.strerror}); its lines are kept and tried again")
+            self._failed = True
+
+    def size(self) -> int:
+        """Bytes up to here, those that are still to be written included."""
+        return self._file.tell() + len(self._pending)
+
+    def close(self) -> None:
+        self._file.close()
 
 
 class RunLog:
     """log.jsonl (a line every few updates and one an epoch), metrics.csv (a row an epoch), and the progress shown.
 
-    On a terminal the progress is a bar with loss, accuracy and img/s; elsewhere one plain line an epoch.
+    On a terminal the progress is a bar with loss, accuracy and img/s; elsewhere plain lines, one an epoch and one a
+    minute. TensorBoard and W&B get the same numbers.
+
+    Args:
+        folder: the run folder; None on every process but the first, where nothing is written or shown.
+        total: updates of the whole run.
+        done: updates done before.
+        tensorboard: write its files: True, False, or None where it is installed.
+        wandb: W&B project, or None.
+        config: the run's config, for W&B.
     """
 
-    def __init__(self, folder: Path, steps: int):
-        self._jsonl = open(folder / "log.jsonl", "a", buffering=1)
-        self._csv_file = open(folder / "metrics.csv", "a", buffering=1, newline="")
-        self._csv = csv.DictWriter(self._csv_file, COLUMNS, lineterminator="\n")
-        self._csv.writeheader()
-        self._bar = tqdm(total=steps, unit="step", dynamic_ncols=True) if sys.stderr.isatty() else None
-        self._epoch_acc = ""
+    def __init__(
+        self,
+        folder: Path | None,
+        total: int,
+        done: int = 0,
+        *,
+        tensorboard: bool | None = False,
+        wandb: str | None = None,
+        config: dict[str, Any] | None = None,
+    ):
+        self._files: dict[str, LogFile] = {}
+        self._bar = self._tensorboard = self._wandb = None
+        self._total, self._epoch_acc, self._last_plain = total, "", time.monotonic()
+        if folder is None:
+            return
+        self._files = {name: LogFile(folder / name, self.warn) for name in LOG_FILES}
+        if not self._files["metrics.csv"].size():
+            self._files["metrics.csv"].write(",".join(COLUMNS))
+        if sys.stderr.isatty():
+            self._bar = tqdm(total=total, initial=done, unit="step", dynamic_ncols=True)
+        if tensorboard is not False:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+
+                self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1)
+            except ModuleNotFoundError:
+                if tensorboard:
+                    raise
+        if wandb is not None:
+            import wandb as api
+
+            # The name is the run's folder, so that a resumed run goes on in the same place.
+            self._wandb = api.init(project=wandb, id=folder.name, name=folder.name, resume="allow", config=config)
 
     def __enter__(self) -> "RunLog":
         return self
 
-    def _write(self, kind: str, row: dict[str, Any]) -> None:
-        self._jsonl.write(json.dumps({"kind": kind, "time": round(time.time(), 3), **row}) + "\n")
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each log file, for a checkpoint."""
+        return {name: file.size() for name, file in self._files.items()}
+
+    def write(self, kind: str, row: dict[str, Any]) -> None:
+        """Add a line to log.jsonl; `row` has what JSON has."""
+        if self._files:
+            self._files["log.jsonl"].write(json.dumps({"kind": kind, "time": round(time.time(), 3), **row}))
+
+    def say(self, text: str) -> None:
+        """Print a line, above the bar where there is one."""
+        if self._bar is not None:
+            self._bar.write(text, file=sys.stderr)
+        elif self._files:
+            print(text, flush=True)
+
+    def warn(self, text: str) -> None:
+        """Print a warning."""
+        if self._bar is not None:
+            self._bar.write(f"warning: {text}", file=sys.stderr)
+        else:
+            print(f"warning: {text}", file=sys.stderr, flush=True)
+
+    def _numbers(self, row: dict[str, Any], prefix: str) -> None:
+        numbers = {f"{prefix}/{k}": v for k, v in row.items() if isinstance(v, int | float) and k != "step"}
+        if self._tensorboard is not None:
+            for name, value in numbers.items():
+                self._tensorboard.add_scalar(name, value, row["step"])
+        if self._wandb is not None:
+            self._wandb.log(numbers, step=row["step"])
 
     def train(self, row: dict[str, Any]) -> None:
-        """Log the updates since the last call; `row` has epoch, step, lr, loss, acc, img_s."""
-        self._write("train", row)
+        """Log the updates since the last call; `row` has epoch, step, lr, loss, acc, img_s and more."""
+        self.write("train", row)
+        self._numbers(row, "train")
+        shown = f"epoch {row['epoch']}, loss {row['loss']:.3f}, acc {row['acc']:.1f} %, {row['img_s']:.0f} img/s"
         if self._bar is not None:
             self._bar.update(row["step"] - self._bar.n)
-            shown = f"epoch {row['epoch']}, loss {row['loss']:.3f}, acc {row['acc']:.1f} %, {row['img_s']:.0f} img/s"
             self._bar.set_postfix_str(shown + self._epoch_acc)
+        elif self._files and time.monotonic() - self._last_plain >= PLAIN_INTERVAL_S:
+            self.say(f"step {row['step']}/{self._total}  {shown}  lr {row['lr']:.1e}")
+            self._last_plain = time.monotonic()
 
     def epoch(self, row: dict[str, Any], best: bool) -> None:
-        """Log an epoch with its evaluation; `row` has COLUMNS."""
-        self._write("epoch", row)
-        self._csv.writerow(row)
-        self._epoch_acc = f", test {row['test_acc']:.2f} %"
+        """Log an epoch with its evaluation; `row` has COLUMNS, those of what was not evaluated aside."""
+        self.write("epoch", row)
+        self._numbers(row, "epoch")
+        if not self._files:
+            return
+        self._files["metrics.csv"].write(",".join(str(row.get(name, "")) for name in COLUMNS))
+        parts = [
+            f"{name} loss {row[f'{key}_loss']:.4f} acc {row[f'{key}_acc']:6.2f} %"
+            for key, name in (("train", "train"), ("test", "test"), ("ema", "ema"))
+            if f"{key}_loss" in row
+        ]
+        self._epoch_acc = f", test {row['test_acc']:.2f} %" if "test_acc" in row else self._epoch_acc
         if self._bar is None:
-            train, test = (f"{k} loss {row[f'{k}_loss']:.4f} acc {row[f'{k}_acc']:6.2f} %" for k in ("train", "test"))
             end = f"{row['img_s']:6.0f} img/s{'  best' if best else ''}"
-            print(f"epoch {row['epoch']:>3}  lr {row['lr']:.1e}  {train}  {test}  {end}", flush=True)
+            self.say(f"epoch {row['epoch']:>3}  lr {row['lr']:.1e}  {'  '.join(parts)}  {end}")
+            self._last_plain = time.monotonic()
 
     def __exit__(self, *_) -> None:
-        self._jsonl.close()
-        self._csv_file.close()
+        for file in self._files.values():
+            file.close()
         if self._bar is not None:
             self._bar.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish()
 
 
 def read_log(folder: Path, kind: str) -> list[dict[str, Any]]:
-    """The lines of log.jsonl of one kind, `train` or `epoch`."""
+    """The lines of log.jsonl of one kind: `train`, `epoch`, `bad_image`, `skipped`, `spike`."""
     with open(folder / "log.jsonl") as file:
         return [row for row in map(json.loads, file) if row["kind"] == kind]
 
 
 def plot_curves(folder: Path) -> None:
     """Draw curves.png: loss and accuracy over the updates, training and held-out."""
-    train, epochs = read_log(folder, "train"), read_log(folder, "epoch")
+    train, epochs = read_log(folder, "train"), [r for r in read_log(folder, "epoch") if "test_acc" in r]
     figure = Figure((10, 3.6), layout="constrained")
     for axes, key, label in zip(figure.subplots(1, 2), ("loss", "acc"), ("loss", "accuracy (%)"), strict=True):
         x, y = zip(*((r["step"], r[key]) for r in train), strict=True)
         axes.plot(x, y, lw=0.8, color="0.6", label="training batches (augmented)")
-        x, y = zip(*((r["step"], r[f"test_{key}"]) for r in epochs), strict=True)
-        axes.plot(x, y, marker=".", color="C0", label="held-out images")
+        for name, colour, what in (("test", "C0", "held-out images"), ("ema", "C1", "held-out images, EMA")):
+            points = [(r["step"], r[f"{name}_{key}"]) for r in epochs if f"{name}_{key}" in r]
+            if points:
+                axes.plot(*zip(*points, strict=True), marker=".", color=colour, label=what)
         axes.set(xlabel="update", ylabel=label)
         axes.grid(alpha=0.3)
         axes.legend(frameon=False)
