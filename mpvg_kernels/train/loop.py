@@ -1,42 +1,51 @@
-"""The training loop: builds everything from a `Config`, trains, evaluates, fills the run folder.
+"""The training loop: builds everything from a `Config`, trains, evaluates, saves, resumes.
 
 What the command line calls:
 
-    mpvg train --recipe digits --out runs/digits
+    mpvg train --recipe digits --out runs/digits --resume auto
+    torchrun --nproc-per-node 8 -m mpvg_kernels train --recipe deit_tiny_in1k --data.root /data/imagenet --resume auto
     mpvg eval runs/digits
+
+A run's state is the weights, what the optimizer remembers, and two integers, the epoch and the update in it. Every
+random number is a function of the seed and of these: the images' order and augmentation (data/), and what an update
+draws (dropout, stochastic depth, mixup), for which the streams are seeded anew in each. So a run that was cut off and
+goes on is bitwise the one that was not.
 """
 
 import contextlib
 import math
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import timm
-import timm.loss
-import timm.optim
 import torch
 import torch.nn.functional as F
-from timm.scheduler import create_scheduler_v2
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from .. import backends
-from . import InputError, TrainingError, near_matches
-from .checkpoint import WEIGHTS, RunFolder, machine
-from .config import Config, from_dict, to_dict
-from .data import Digits, create_data
-from .metrics import RunLog, Window, read_log
+from . import InputError, Stopped, TrainingError, checkpoint, distributed
+from .checkpoint import Checkpoints, RunFolder, Snapshot, machine
+from .config import Config, get, ignored, to_dict
+from .config import field_names as config_fields
+from .data import Batch, BatchAugmentation, create_data, seed_everything
+from .distributed import Agreement, World, pick_device, together
+from .guards import SkippedUpdates
+from .losses import Distillation, create_loss
+from .metrics import Meter, RunLog, Spikes, memory_mb, peak_tflops, read_log
+from .model import create_model, train_mode
+from .optim import create_optimizer, create_schedule, describe
 from .report import write_report
+from .signals import Signals
 
-
-def pick_device(name: str) -> torch.device:
-    """The torch device that a config's `device` means."""
-    try:
-        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-        torch.empty(0, device=device)
-        return device
-    except (RuntimeError, AssertionError) as error:  # torch without CUDA raises the latter
-        raise InputError(f"config field device is {name!r}: {str(error).splitlines()[0].rstrip('.')}") from None
+UPDATE = 1
+"""Marks the keys of what an update draws, apart from those of the data."""
+# What may be another in a resumed run: where and how it computes, not what. (Prefixes of field names.)
+MAY_CHANGE = ("device", "threads", "compile", "deterministic", "profile", "dist.", "checkpoint.", "log.")
+MAY_CHANGE += ("data.root", "data.download", "data.workers", "data.max_bad_share")
+MAY_CHANGE += ("model.weights", "model.pretrained", "loss.teacher_weights")
 
 
 @contextlib.contextmanager
@@ -50,178 +59,668 @@ def cpu_threads(count: int | None):
         torch.set_num_threads(before)
 
 
-def create_model(config: Config, data: Digits) -> nn.Module:
-    """The config's model for the data's classes, channels and image size; its weights come from torch's seed."""
-    args = {name: value for name, value in to_dict(config)["model"].items() if value is not None}
-    name, (channels, *size) = args.pop("name"), data.input_size
-    if not timm.is_model(name):
-        close = near_matches(name, timm.list_models())
-        raise InputError(f"config field model.name is {name!r}, which timm does not know{close}")
-    args |= {"num_classes": data.num_classes, "in_chans": channels, "img_size": tuple(size)}
-    preprocessing = {"input_size": data.input_size, "mean": data.mean, "std": data.std, "crop_pct": 1.0}
-    try:
-        return timm.create_model(name, pretrained_cfg_overlay=preprocessing, **args)
-    except (ValueError, TypeError, AssertionError) as error:
-        raise InputError(f"{name} can't be built with {args}: {error}") from error
+def make_deterministic() -> None:
+    """Let CUDA use algorithms that repeat bit for bit."""
+    import os
 
-
-def create_loss(config: Config) -> nn.Module:
-    """The training loss, from logits (B, classes) fp32 and labels (B,)."""
-    if config.loss.name == "bce":
-        return timm.loss.BinaryCrossEntropy(smoothing=config.loss.smoothing)
-    return nn.CrossEntropyLoss(label_smoothing=config.loss.smoothing)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
 
 
 class Trainer:
-    """A run's parts (data, model, loss, optimizer, schedule) and what is done with them.
+    """A run's parts (data, model, loss, optimizer, schedule) and its state: `updates`, `epoch` and `step`.
+
+    Args:
+        config: the run.
+        world: this process among others; their connection must be open (`distributed.process_group`).
+        device: what config.device means, or None to find out.
 
     Raises:
         InputError: the config names something that there is not.
     """
 
-    def __init__(self, config: Config):
-        self.config, self.device = config, pick_device(config.device)
+    def __init__(self, config: Config, world: World = World(), device: torch.device | None = None):  # noqa: B008
+        self.config, self.world = config, world
+        self.device = device or pick_device(config.device, world)
         try:
             self.backend = backends.resolve(self.device.type, config.compile)
         except (ValueError, backends.BackendUnavailableError) as error:
             raise InputError(str(error)) from None
+        if config.deterministic and self.device.type == "cuda":
+            make_deterministic()
+        # Where one fails all do; the first process goes first where there is something to download.
+        if config.data.download and world.size > 1:
+            together(world, lambda: create_data(config, self.device, world).close(), main_only=True)
+        self.data = together(world, lambda: create_data(config, self.device, world))
         torch.manual_seed(config.seed)
-        self.data = create_data(config, self.device)
-        self.model = create_model(config, self.data).to(self.device)
-        self.forward = torch.compile(self.model) if config.compile else self.model
+        self.model: nn.Module = together(world, lambda: create_model(config, self.data)).to(self.device)
+        self.augment = BatchAugmentation(config, self.data.num_classes)
         self.criterion = create_loss(config)
-        if config.optim.name not in (known := timm.optim.list_optimizers()):
-            close = near_matches(config.optim.name, known)
-            raise InputError(f"config field optim.name is {config.optim.name!r}, which timm does not know{close}")
-        self.optimizer = timm.optim.create_optimizer_v2(
-            self.model, config.optim.name, lr=config.optim.lr, weight_decay=config.optim.weight_decay
+        self.distillation = together(world, self._distillation)
+        ema = config.optim
+        self.ema = (
+            ModelEmaV3(self.model, ema.ema_decay, use_warmup=ema.ema_warmup) if ema.ema_decay is not None else None
         )
-        self.schedule, _ = create_scheduler_v2(
-            self.optimizer,
-            "cosine",
-            num_epochs=config.epochs,
-            warmup_epochs=config.sched.warmup_epochs,
-            warmup_lr=config.sched.warmup_lr,
-            min_lr=config.sched.min_lr,
-            step_on_epochs=False,
-            updates_per_epoch=self.data.steps,
-        )
-        self.updates = 0
+        self.flops = self._count_flops()
+        forward = self._distribute()
+        self.forward = torch.compile(forward) if config.compile else forward
+        self._wrapped = forward
+        self.trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = together(world, lambda: create_optimizer(config, self.model))
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == "fp16")
+        self.schedule = create_schedule(config, self.optimizer, self.data.steps)
+        self.updates, self.epoch, self.step = 0, 1, 0
+        self.window, self.whole = Meter(self.device), Meter(self.device)
+        self.spikes, self.best, self.bad_images = Spikes(), -1.0, set()
+        self.skipped = SkippedUpdates(self.device)
+        self.data_wait = 0.0
+        self.schedule.update(0)
+
+    def _distillation(self) -> Distillation | None:
+        if self.config.loss.distillation == "none":
+            return None
+        return Distillation(self.config, self.data, self.device)
+
+    @torch.no_grad()
+    def _count_flops(self) -> int:
+        """Floating-point operations of one image's forward pass (matrix products and convolutions)."""
+        with FlopCounterMode(display=False) as counter, backends.use_backend("reference"):
+            self.model.eval()(torch.zeros(1, *self.data.input_size, device=self.device))
+        return counter.get_total_flops()
+
+    def _distribute(self) -> nn.Module:
+        """The model as it is called in training; shared out or wrapped where there are several processes."""
+        if self.world.size == 1:
+            return self.model
+        if self.config.dist.sync_bn:
+            if self.device.type != "cuda":
+                raise InputError("config field dist.sync_bn is True, which needs GPUs")
+            self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
+        if self.config.dist.mode == "ddp":
+            return distributed.replicate(self.model, self.device, self.config.deterministic)
+        for model in (self.model, *([self.ema.module] if self.ema else [])):
+            distributed.shard(model)
+        return self.model
+
+    @property
+    def total(self) -> int:
+        """Updates of the whole run."""
+        return self.config.total_epochs * self.data.steps
 
     @property
     def lr(self) -> float:
-        """The learning rate of the next update."""
-        return self.optimizer.param_groups[0]["lr"]
+        """The learning rate of the next update: the head's, where parts have their own."""
+        return max(group["lr"] for group in self.optimizer.param_groups)
 
     def autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.amp == "bf16")
+        dtype = torch.float16 if self.config.amp == "fp16" else torch.bfloat16
+        return torch.autocast(self.device.type, dtype, enabled=self.config.amp != "none")
 
-    def step(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """One update; returns its loss (scalar) and its logits (B, classes), both fp32."""
-        with self.autocast():
-            logits = self.forward(x)
-        logits = logits.float()
-        loss = self.criterion(logits, labels)
-        loss.backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+    def _next(self, batches: Iterator[Batch]) -> Batch:
+        start = time.perf_counter()
+        batch = next(batches)
+        self.data_wait += time.perf_counter() - start
+        x = batch.x
+        return Batch(x.to(memory_format=torch.channels_last), batch.y) if self.config.model.channels_last else batch
+
+    def update(self, batches: Iterator[Batch]) -> Tensor:
+        """One update from the next micro-batches; returns its mean loss on this process (scalar, on the device)."""
+        parts, sums = self.data.accumulation, []
+        for part in range(parts):
+            x, y = self._next(batches)
+            seed_everything(self.config.seed, UPDATE, self.updates, self.world.rank, part)
+            x, target = self.augment(x, y)
+            with distributed.gradients_stay(self._wrapped, part + 1 < parts):
+                with self.autocast():
+                    output = self.forward(x)
+                loss, logits = self._loss(output, x, target)
+                # Where the loss is not finite every gradient shall be, on every process: then all skip the update.
+                finite = loss.detach().isfinite()
+                self.scaler.scale(loss * torch.where(finite, 1.0, math.nan) / parts).backward()
+            labels = target if target.ndim == 1 else target.argmax(-1)
+            sums.append(torch.stack([loss.detach() * len(x), (logits.argmax(-1) == labels).sum(), ~finite]))
+            images = len(x) * parts
+        loss, correct, bad_losses = torch.stack(sums).double().sum(0).unbind()
+        norm, skipped = self._apply_gradients(bad_losses > 0)
+        row = torch.stack(
+            [
+                torch.where(bad_losses > 0, 0.0, loss),
+                correct,
+                torch.where(bad_losses > 0, 0, images).double(),
+                torch.where(skipped, 0.0, norm).double(),
+                torch.ones_like(loss),
+                skipped.double(),
+            ]
+        )
+        self.window.add(row)
+        self.whole.add(row)
         self.updates += 1
-        self.schedule.step_update(self.updates)
-        return loss.detach(), logits.detach()
+        self.schedule.update(self.updates)
+        if self.ema is not None:
+            self.ema.update(self.model, step=self.updates)
+        return loss / images
+
+    def _loss(self, output: Any, x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss of a micro-batch, and the logits (B, classes) in fp32."""
+        logits = (output[0] if isinstance(output, tuple) else output).float()
+        loss = self.criterion(logits, target)
+        if self.distillation is not None:
+            loss = self.distillation(output, x, loss)
+        return loss, logits.detach()
+
+    def _apply_gradients(self, bad_loss: Tensor) -> tuple[Tensor, Tensor]:
+        """Step the optimizer, unless a gradient is not finite: the gradient's norm and whether it was skipped (scalars).
+
+        Fused optimizers skip by themselves, so that the GPU is not waited for; others have to be asked to.
+        """
+        self.scaler.unscale_(self.optimizer)
+        gradients = [p.grad for p in self.trained if p.grad is not None]
+        norm = distributed.whole(nn.utils.get_total_norm(gradients))
+        if self.config.optim.clip_grad is not None:
+            nn.utils.clip_grads_with_norm_(self.trained, self.config.optim.clip_grad, norm)
+        skipped = ~norm.isfinite()
+        if self.scaler.is_enabled():  # skips overflows by itself, and lowers its scale
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            skipped = bad_loss
+        elif getattr(self.optimizer, "_step_supports_amp_scaling", False):
+            self.optimizer.grad_scale, self.optimizer.found_inf = None, skipped.float()
+            self.optimizer.step()
+        elif not skipped:
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.skipped.add(skipped, bad_loss, self.updates)
+        return norm, skipped
+
+    def check(self) -> None:
+        """Stop where too many updates in a row had to be skipped. Waits for the device.
+
+        Raises:
+            TrainingError: says since when, on which process, and with which images.
+        """
+        count, first, bad_loss = self.skipped.read()
+        if count <= self.config.optim.max_skipped:
+            return
+        epoch, step = 1 + first // self.data.steps, first % self.data.steps
+        told = distributed.gather((bad_loss, self.data.files(epoch, step)), self.world)
+        rank = next((rank for rank, (bad, _) in enumerate(told) if bad), 0)
+        files = told[rank][1]
+        what = "loss" if told[rank][0] else "gradient"
+        raise TrainingError(
+            f"the {what} was not finite in {count} updates in a row, from update {first + 1} (epoch {epoch}) on, on "
+            f"process {rank}, with the images {', '.join(files[:8])}{', ...' if len(files) > 8 else ''}; try a lower "
+            "optim.lr, a longer warm-up, optim.clip_grad, or amp bf16 or none"
+        )
 
     @torch.no_grad()
-    def evaluate(self) -> dict[str, float]:
-        """Cross-entropy and accuracy (percent) on the held-out images."""
-        self.model.eval()
-        window = Window()
-        for x, labels in self.data.test_batches():
+    def evaluate(self, model: nn.Module | None = None, on_batch=lambda: None) -> dict[str, float]:
+        """Cross-entropy and accuracy (percent) on the held-out images, each counted once over all processes.
+
+        Args:
+            model: what is evaluated, by default the model as it is (`self.ema.module` is its average).
+            on_batch: called at every batch.
+        """
+        model = self.model if model is None else model
+        distributed.broadcast_buffers(model, self.world)
+        model.eval()
+        sums = torch.zeros(3, dtype=torch.float64, device=self.device)
+        for x, y, weight in self.data.test_batches():
+            on_batch()
+            if self.config.model.channels_last:
+                x = x.to(memory_format=torch.channels_last)
             with self.autocast():
-                logits = self.model(x)
-            window.add(F.cross_entropy(logits.float(), labels), logits, labels)
-        return window.read()
+                logits = model(x)
+            logits = logits.float()
+            losses = F.cross_entropy(logits, y, reduction="none")
+            # A padded image's loss may be anything.
+            losses = torch.where(weight > 0, losses, 0)
+            sums += torch.stack([losses.sum(), ((logits.argmax(-1) == y) * weight).sum(), weight.sum()])
+        loss, correct, images = distributed.add_up(sums, self.world).tolist()
+        if not images:
+            raise TrainingError("no held-out image could be read: look at data.root and data.val_split")
+        return {"loss": loss / images, "acc": 100 * correct / images, "images": int(images)}
 
-    def train_epoch(self, epoch: int, log: RunLog) -> dict[str, float]:
-        """One pass over the training images; returns the epoch's mean loss, accuracy and throughput."""
-        self.model.train()
-        whole, window = Window(), Window()
-        for i, (x, labels) in enumerate(self.data.train_batches(epoch), 1):
-            lr = self.lr
-            loss, logits = self.step(x, labels)
-            whole.add(loss, logits, labels)
-            window.add(loss, logits, labels)
-            if i % self.config.log.interval == 0 or i == self.data.steps:
-                row = {"epoch": epoch, "step": self.updates, "lr": lr, **window.read()}
-                if not math.isfinite(row["loss"]):
-                    at = f"update {self.updates}, epoch {epoch}"
-                    raise TrainingError(f"the loss is {row['loss']} at {at}: try a lower optim.lr")
-                log.train(row)
-                window.reset()
-        return whole.read()
+    # ---- state
 
-    def fit(self, run: RunFolder) -> None:
-        """Train all epochs; log and save into `run` after each."""
-        best = -1.0
-        with RunLog(run.path, self.config.epochs * self.data.steps) as log:
-            for epoch in range(1, self.config.epochs + 1):
-                lr, train = self.lr, self.train_epoch(epoch, log)
-                test = self.evaluate()
-                is_best, best = test["acc"] > best, max(best, test["acc"])
-                row = {"epoch": epoch, "step": self.updates, "lr": lr, "img_s": train["img_s"]}
-                for key in ("loss", "acc"):
-                    row |= {f"train_{key}": train[key], f"test_{key}": test[key]}
-                log.epoch(row, is_best)
-                for name in WEIGHTS if is_best else ("last",):
-                    run.save(name, self.model)
-                run.set_status("running", epoch=epoch, step=self.updates, test_acc=test["acc"], best_acc=best)
+    def snapshot_bytes(self) -> int:
+        """About how large a checkpoint is: weights, their average, and what the optimizer remembers (two of each)."""
+        weights = sum(t.numel() * t.element_size() for t in self.model.state_dict().values())
+        return weights * (1 + (self.ema is not None) + 2)
+
+    def snapshot(self, log: RunLog) -> Snapshot | None:
+        """All that a resume needs; every process has to ask, and the first gets it."""
+        model = distributed.whole_state(self.model)
+        ema = distributed.whole_state(self.ema.module) if self.ema is not None else None
+        optimizer = distributed.optimizer_state(self.optimizer, self.model)
+        meters = distributed.gather([m.sums.cpu() for m in (self.window, self.whole)], self.world)
+        if self.world.rank:
+            return None
+        state = {
+            "epoch": self.epoch,
+            "step": self.step,
+            "optimizer": optimizer,
+            "scaler": self.scaler.state_dict(),
+            "meters": meters,
+            "spikes": dict(vars(self.spikes)),
+            "skipped": self.skipped.state,
+            "best": self.best,
+            "bad_images": sorted(self.bad_images),
+            "config": to_dict(self.config),
+            "logs": log.sizes(),
+        }
+        return Snapshot(self.updates, model, ema, state)
+
+    def restore(self, restored: checkpoint.Restored) -> None:
+        """Take up the state that `snapshot` gave, also with another number of processes.
+
+        Raises:
+            InputError: it is of another model.
+        """
+        state = restored.state
+        try:
+            distributed.load_whole_state(self.model, restored.model)
+            if self.ema is not None and restored.ema is not None:
+                distributed.load_whole_state(self.ema.module, restored.ema)
+        except RuntimeError as error:
+            reason = str(error).splitlines()[-1].strip()
+            raise InputError(f"{restored.path} is of another model than the config's ({reason})") from None
+        distributed.load_optimizer_state(self.optimizer, self.model, state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.updates, self.epoch, self.step = restored.step, state["epoch"], state["step"]
+        self.best, self.bad_images = state["best"], set(state["bad_images"])
+        vars(self.spikes).update(state["spikes"])
+        self.skipped.state = state["skipped"].to(self.device)
+        meters = state["meters"]
+        if len(meters) != self.world.size:  # their sum is the first process's
+            total = [torch.stack(each).sum(0) for each in zip(*meters, strict=True)]
+            shared = torch.tensor([1.0, 1, 1, 0, 0, 0], dtype=torch.float64)  # the rest is the same on every process
+            total = [each * shared + one * (1 - shared) for each, one in zip(total, meters[0], strict=True)]
+            rest = [one * (1 - shared) for one in meters[0]]
+            meters = [total] + [rest] * (self.world.size - 1)
+        for meter, sums in zip((self.window, self.whole), meters[self.world.rank], strict=True):
+            meter.sums.copy_(sums)
+        self.schedule.update(self.updates)
 
 
-def train(config: Config, out: Path, recipe: str) -> RunFolder:
-    """Train a config into the new folder `out`, report included; says what it does on the way.
+class Run:
+    """A trainer at work in a run folder: logs, checkpoints, signals.
+
+    Args:
+        trainer: what is trained.
+        signals: where a signal is told.
+        log: where numbers go.
+        folder, checkpoints: the run folder and its checkpoints; None on every process but the first.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        signals: Signals,
+        log: RunLog,
+        folder: RunFolder | None,
+        checkpoints: Checkpoints | None,
+    ):
+        self.trainer, self.signals, self.log = trainer, signals, log
+        self.folder, self.checkpoints = folder, checkpoints
+        self.agree = Agreement(trainer.world)
+        self.peak = peak_tflops(trainer.device, trainer.config.amp, trainer.config.log.peak_tflops)
+
+    def fit(self) -> None:
+        """Train what is left of the run.
+
+        Raises:
+            Stopped: a signal came; the run is saved.
+            TrainingError: it can't go on.
+        """
+        trainer = self.trainer
+        with self._profiler() as profiler:
+            for epoch in range(trainer.epoch, trainer.config.total_epochs + 1):
+                trainer.epoch = epoch
+                img_s = self._train_epoch(profiler)
+                self._end_epoch(img_s)
+
+    def _train_epoch(self, profiler) -> float:
+        """The updates that are left of the epoch; returns images a second."""
+        trainer, config = self.trainer, self.trainer.config
+        train_mode(trainer.model, config)
+        batches = trainer.data.train_batches(trainer.epoch, trainer.step)
+        begin, first = time.perf_counter(), trainer.step
+        start, since, trainer.data_wait = begin, first, 0.0
+        while trainer.step < trainer.data.steps:
+            self.poll()
+            lr = trainer.lr
+            trainer.update(batches)
+            trainer.step += 1
+            profiler.step()
+            if trainer.step % config.log.interval == 0 or trainer.step == trainer.data.steps:
+                self._log_interval(lr, trainer.step - since, start)
+                start, since, trainer.data_wait = time.perf_counter(), trainer.step, 0.0
+            elif trainer.device.type == "cpu":  # nothing to wait for
+                trainer.check()
+            interval = config.checkpoint.interval
+            if interval is not None and trainer.updates % interval == 0 and trainer.step < trainer.data.steps:
+                self.save()
+        return round((trainer.step - first) * config.batch / (time.perf_counter() - begin), 1)
+
+    def _log_interval(self, lr: float, updates: int, start: float) -> None:
+        """Log the updates since the last call, of which `updates` were done here since `start`. Waits for the device."""
+        trainer, world = self.trainer, self.trainer.world
+        trainer.check()
+        self._log_bad_images()
+        row = {"epoch": trainer.epoch, "step": trainer.updates, "lr": lr, **trainer.window.read(world)}
+        images = row.pop("images")
+        seconds = time.perf_counter() - start
+        img_s = updates * trainer.config.batch / seconds
+        tflops = 3e-12 * trainer.flops * img_s / world.size  # backward is twice forward
+        row |= {"img_s": round(img_s, 1), "data_wait": round(trainer.data_wait / seconds, 4)}
+        row |= {"memory_mb": round(memory_mb(trainer.device), 1), "tflops": round(tflops, 4)}
+        if self.peak is not None:
+            row["mfu"] = round(tflops / self.peak, 4)
+        if trainer.scaler.is_enabled():
+            row["loss_scale"] = trainer.scaler.get_scale()
+        if images:
+            if trainer.spikes(row["loss"]):
+                self.log.write("spike", {"epoch": row["epoch"], "step": row["step"], "loss": row["loss"]})
+                self.log.warn(f"the loss rose to {row['loss']:.4f} in the updates up to {row['step']}")
+        if row["skipped"]:
+            self.log.write("skipped", {"epoch": row["epoch"], "step": row["step"], "updates": row["skipped"]})
+            self.log.warn(
+                f"{row['skipped']} of the updates up to {row['step']} were skipped: loss or gradient was not finite"
+            )
+        self.log.train(row)
+        trainer.window.reset()
+
+    def _log_bad_images(self) -> None:
+        """List the images, of any process, that could not be read for the first time."""
+        trainer, world = self.trainer, self.trainer.world
+        bad = trainer.data.take_bad()
+        if not distributed.add_up(torch.tensor(len(bad)), world):
+            return
+        every = [row for rows in distributed.gather(bad, world) for row in rows]
+        for row in sorted(every, key=lambda row: (row["epoch"], row["position"])):
+            if row["file"] not in trainer.bad_images:
+                trainer.bad_images.add(row["file"])
+                self.log.write("bad_image", row)
+                self.log.warn(f"{row['file']} can't be read as an image")
+
+    def _end_epoch(self, img_s: float) -> None:
+        """Evaluate, log, save."""
+        trainer, config, epoch = self.trainer, self.trainer.config, self.trainer.epoch
+        train = trainer.whole.read(trainer.world)
+        row = {"epoch": epoch, "step": trainer.updates, "lr": trainer.schedule.lr_at((epoch - 1) * trainer.data.steps)}
+        row |= {"train_loss": train["loss"], "train_acc": train["acc"]}
+        is_best = False
+        if epoch % config.eval_interval == 0 or epoch == config.total_epochs:
+            models = {"test": trainer.model} | ({"ema": trainer.ema.module} if trainer.ema else {})
+            for name, model in models.items():
+                found = trainer.evaluate(model, self.poll)
+                row |= {f"{name}_loss": found["loss"], f"{name}_acc": found["acc"]}
+            self._log_bad_images()
+            is_best = row["test_acc"] > trainer.best
+            trainer.best = max(trainer.best, row["test_acc"])
+        row |= {"grad_norm": train["grad_norm"], "skipped": train["skipped"], "bad_images": len(trainer.bad_images)}
+        self.log.epoch(row | {"img_s": img_s}, is_best)
+        trainer.whole.reset()
+        trainer.epoch, trainer.step = epoch + 1, 0
+        self._save_weights(is_best)
+        self.save()
+        if self.folder is not None:
+            known = {name: row[name] for name in ("test_acc", "ema_acc") if name in row}
+            self.folder.set_status("running", epoch=epoch, step=trainer.updates, best_acc=trainer.best, **known)
+
+    def _save_weights(self, is_best: bool) -> None:
+        """Write last/, and best/ and ema/ where there is something new."""
+        trainer = self.trainer
+        weights = distributed.whole_state(trainer.model)
+        average = distributed.whole_state(trainer.ema.module) if trainer.ema is not None else None
+        if self.folder is not None:
+            for name in ("best", "last") if is_best else ("last",):
+                self.folder.save(name, trainer.model, weights)
+            if average is not None:
+                self.folder.save("ema", trainer.model, average)
+
+    def save(self, background: bool = True) -> None:
+        """Make a checkpoint. A disk that is full is warned about, and training goes on."""
+        self._log_bad_images()
+        snapshot = self.trainer.snapshot(self.log)
+        if self.checkpoints is not None:
+            self.checkpoints.save(snapshot, background=background)
+
+    def poll(self) -> None:
+        """Save and stop where a signal has told any process to.
+
+        Raises:
+            Stopped: after the checkpoint.
+        """
+        if not self.agree(self.signals.received is not None):
+            return
+        trainer = self.trainer
+        self.save(background=False)
+        if self.folder is not None:
+            self.folder.set_status("preempted", epoch=trainer.epoch, step=trainer.updates, best_acc=trainer.best)
+        where = f" in {self.folder.path}" if self.folder is not None else ""
+        raise Stopped(
+            f"{self.signals.received or 'a signal to another process'}: saved{where} at update {trainer.updates} of "
+            f"{trainer.total}; the same command with --resume auto goes on"
+        )
+
+    def _profiler(self):
+        """A torch profiler over a few updates where one is asked for; something that does nothing otherwise."""
+        if not self.trainer.config.profile or self.folder is None:
+            return _NoProfiler()
+        out = self.folder.path / "profile"
+
+        def write(profile: torch.profiler.profile) -> None:
+            out.mkdir(exist_ok=True)
+            profile.export_chrome_trace(str(out / "trace.json"))
+            key = "self_cuda_time_total" if self.trainer.device.type == "cuda" else "self_cpu_time_total"
+            (out / "kernels.txt").write_text(profile.key_averages().table(sort_by=key, row_limit=40))
+            self.log.say(f"profile of 4 updates in {out}")
+
+        # The first updates allocate, tune and compile.
+        schedule = torch.profiler.schedule(wait=3, warmup=1, active=4, repeat=1)
+        return torch.profiler.profile(schedule=schedule, on_trace_ready=write, record_shapes=True)
+
+
+class _NoProfiler(contextlib.nullcontext):
+    def __enter__(self):
+        return self
+
+    def step(self) -> None:
+        pass
+
+
+# ---- what the command line calls
+
+
+def train(config: Config, out: Path | None, recipe: str, resume: str = "never") -> RunFolder | None:
+    """Train a config in a run folder, report included; says what it does on the way.
+
+    Args:
+        config: the run.
+        out: run folder; None is runs/RECIPE-TIME, or runs/RECIPE where `resume` is auto.
+        recipe: the recipe's name, for the record.
+        resume: never (a new folder), auto (go on from the folder's newest checkpoint, or start), or the path of a
+            run folder or checkpoint to go on from.
+
+    Returns:
+        The run folder; None on every process but the first.
 
     Raises:
-        InputError: the config can't be met, or the folder is taken.
-        TrainingError: the loss is no longer finite.
+        InputError: the config can't be met, the folder is taken, or it holds another run.
+        TrainingError: it can't go on.
+        Stopped: a signal came; the run is saved.
     """
-    with cpu_threads(config.threads):
+    world = distributed.find_world()
+    device = pick_device(config.device, world)
+    with Signals() as signals, cpu_threads(config.threads), distributed.process_group(world, device, config):
         start = time.perf_counter()
-        trainer = Trainer(config)
-        updates, parameters = config.epochs * trainer.data.steps, sum(p.numel() for p in trainer.model.parameters())
-        info = {"recipe": recipe, "backend": trainer.backend, "parameters": parameters, "updates": updates}
-        run = RunFolder.create(out, info | machine() | {"config": to_dict(config)})
-        print(
-            f"{config.model.name} ({config.model.scheme}), {parameters:,} parameters, on {trainer.device} with the "
-            f"{trainer.backend} backend\n{updates} updates of {config.batch} images, peak lr {config.optim.lr:g} after "
-            f"{config.sched.warmup_epochs * trainer.data.steps} updates; run folder {run.path}",
-            flush=True,
-        )
+        trainer = Trainer(config, world, device)
+        main = world.rank == 0
         try:
-            trainer.fit(run)
-            write_report(run)
-        except BaseException as error:  # an interrupt as well: the status must not stay at `running`
-            run.set_status("failed", step=trainer.updates, error=f"{type(error).__name__}: {error}")
+            opened = together(world, lambda: _open(trainer, out, recipe, resume), main_only=True)
+            folder, checkpoints, restored = opened or (None, None, None)
+            path = distributed.from_main(restored.path if restored else None, world)
+            if path is not None:
+                together(world, lambda: trainer.restore(restored or checkpoint.read(path)))
+            del restored, opened
+            if main:
+                _say(trainer, folder, path)
+        except BaseException:
+            trainer.data.close()
             raise
-        last = read_log(run.path, "epoch")[-1]
-        run.set_status("finished", epoch=last["epoch"], step=last["step"], test_acc=last["test_acc"])
+        done = trainer.updates
+        log_config = config.log
+        try:
+            with RunLog(
+                folder.path if main else None,
+                trainer.total,
+                done,
+                tensorboard=log_config.tensorboard,
+                wandb=log_config.wandb,
+                config=to_dict(config),
+            ) as log:
+                Run(trainer, signals, log, folder, checkpoints).fit()
+            if main:
+                checkpoints.wait()
+                write_report(folder)
+        except Stopped:
+            raise
+        except BaseException as error:  # an interrupt as well: the status must not stay at `running`
+            if main:
+                folder.set_status("failed", step=trainer.updates, error=f"{type(error).__name__}: {error}")
+            raise
+        finally:
+            trainer.data.close()
+            if main:
+                checkpoints.wait()
+        if not main:
+            return None
+        last = read_log(folder.path, "epoch")[-1]
+        figures = {name: last[name] for name in ("test_acc", "ema_acc") if name in last}
+        folder.set_status("finished", epoch=last["epoch"], step=last["step"], **figures)
+        ema = f", EMA {last['ema_acc']:.2f} %" if "ema_acc" in last else ""
         print(
-            f"test accuracy {last['test_acc']:.2f} % after {config.epochs} epochs, "
-            f"{time.perf_counter() - start:.0f} s; report in {run.path / 'report.md'}"
+            f"test accuracy {last['test_acc']:.2f} %{ema} after {config.total_epochs} epochs, "
+            f"{time.perf_counter() - start:.0f} s; report in {folder.path / 'report.md'}"
         )
-        return run
+        return folder
 
 
-def evaluate_run(path: Path, weights: str) -> dict[str, Any]:
-    """Evaluate a run's weights (`best` or `last`) on the held-out images: accuracy (percent), loss, number of images.
+def _open(trainer: Trainer, out: Path | None, recipe: str, resume: str):
+    """On the first process: the run folder, its checkpoints, and what was restored from them or None."""
+    config = trainer.config
+    if out is None and resume in ("never", "auto"):
+        out = Path("runs") / (recipe if resume == "auto" else time.strftime(f"{recipe}-%Y%m%d-%H%M%S"))
+    parameters = sum(p.numel() for p in trainer.model.parameters())
+    info = {"recipe": recipe, "backend": trainer.backend, "parameters": parameters, "updates": trainer.total}
+    info |= {"class_names": trainer.data.class_names, "flops": trainer.flops}
+    info |= machine() | {"config": to_dict(config)}
+    there = out is not None and (out / "run.json").exists()
+    restored = None
+    if resume not in ("never", "auto"):
+        restored = checkpoint.read(Path(resume))
+        source = RunFolder(restored.path.parent.parent)
+        check_same_run(source, trainer)
+        folder = (
+            source if out is None or out.resolve() == source.path.resolve() else RunFolder.create(out, info, source)
+        )
+    elif resume == "auto" and there:
+        folder = RunFolder(out)
+        check_same_run(folder, trainer)
+    else:
+        folder = RunFolder.create(out, info)
+    folder.lock()
+    checkpoints = Checkpoints(folder, config.checkpoint.keep, warn=_warn)
+    if resume == "auto" and there:
+        found = checkpoints.newest()
+        if found is not None:
+            restored, passed_over = found
+            for sentence in passed_over:
+                _warn(sentence)
+    checkpoints.require_space(trainer.snapshot_bytes(), config.checkpoint.keep)
+    folder.cut_logs(restored.state["logs"] if restored else {})
+    folder.note_start({"command": info["command"], "processes": trainer.world.size, "from": restored and restored.step})
+    folder.set_status("running", step=restored.step if restored else 0)
+    return folder, checkpoints, restored
+
+
+def check_same_run(folder: RunFolder, trainer: Trainer) -> None:
+    """Raise InputError where the folder's run is not the one that `trainer` would go on with."""
+    saved = folder.config()
+    for name in config_fields():
+        before, now = get(saved, name), get(trainer.config, name)
+        if before != now and not name.startswith(MAY_CHANGE):
+            raise InputError(
+                f"{folder.path} holds a run with {name} {before!r}, and the config now says {now!r}: go on with the "
+                "same, or give a new run another folder with --out"
+            )
+    check_classes(folder, trainer.data.class_names)
+
+
+def check_classes(folder: RunFolder, names: list[str] | None) -> None:
+    """Raise InputError where the data's classes are not those that the folder's run was trained on."""
+    before = folder.info.get("class_names")
+    if before is None or names is None or before == names:
+        return
+    parts = [("without", sorted(set(before) - set(names))), ("with", sorted(set(names) - set(before)))]
+    said = " and ".join(f"{word} {', '.join(n[:5])}{', ...' if len(n) > 5 else ''}" for word, n in parts if n)
+    raise InputError(
+        f"the data has other classes than {folder.path} was trained on: {len(names)} instead of {len(before)}, "
+        f"{said or 'in another order'}; look at data.root"
+    )
+
+
+def _warn(text: str) -> None:
+    import sys
+
+    print(f"warning: {text}", file=sys.stderr, flush=True)
+
+
+def _say(trainer: Trainer, folder: RunFolder, restored_from: Path | None) -> None:
+    """Print what is about to be trained."""
+    config, world = trainer.config, trainer.world
+    for sentence in ignored(config):
+        _warn(sentence)
+    parameters = sum(p.numel() for p in trainer.model.parameters())
+    where = (
+        str(trainer.device)
+        if world.size == 1
+        else f"{world.size} processes ({config.dist.mode}), {trainer.device.type}"
+    )
+    print(
+        f"{config.model.name} ({config.model.scheme}), {parameters:,} parameters, "
+        f"{trainer.flops / 1e9:.2f} GFLOP an image forward, on {where} with the {trainer.backend} backend\n"
+        f"{describe(config, trainer.data.steps, world)}\nrun folder {folder.path}"
+        + (f", goes on from {restored_from.name}" if restored_from else ""),
+        flush=True,
+    )
+
+
+def evaluate_run(path: Path, weights: str, fields: list[str] | None = None) -> dict[str, Any]:
+    """Evaluate a run's weights on the held-out images: accuracy (percent), loss, number of images.
+
+    Args:
+        path: run folder.
+        weights: best, last or ema.
+        fields: config fields that differ from the run's, as on the command line: ["--data.root", "/data"].
 
     Raises:
         InputError: `path` is not a run folder, or its weights are not there or of another model.
     """
-    run = RunFolder(path)
-    if "config" not in run.info:
-        raise InputError(f"{run.path / 'run.json'} has no config; expected the JSON of `mpvg train`")
-    config = from_dict(run.info["config"])
+    from .config import from_args
+
+    folder = RunFolder(path)
+    config = folder.config()
+    if fields:
+        config = from_args(config, fields, "mpvg eval RUN")
     trainer = Trainer(config)
-    run.load(weights, trainer.model)
-    with cpu_threads(config.threads):
-        result = trainer.evaluate()
-    images = sum(len(labels) for _, labels in trainer.data.test_batches())
-    return {"run": str(path), "weights": weights, "acc": result["acc"], "loss": result["loss"], "images": images}
+    try:
+        check_classes(folder, trainer.data.class_names)
+        folder.load(weights, trainer.model)
+        with cpu_threads(config.threads):
+            result = trainer.evaluate()
+    finally:
+        trainer.data.close()
+    return {"run": str(path), "weights": weights, **result}
