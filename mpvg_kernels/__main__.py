@@ -1,17 +1,19 @@
 """The `mpvg` command: train, eval, export, recipes, info, bench, demo.
 
-Exit codes: 0 ok, 1 failure, 2 usage or bad input, 130 interrupted. What a command needs is imported by that command
+Exit codes: 0 ok, 1 failure, 2 usage or bad input, 75 training saved on a signal, 130 interrupted. What a command needs is imported by that command
 alone, so that `mpvg info` works without the extras.
 """
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-from .train import InputError, TrainingError, near_matches
+from .train import InputError, Stopped, TrainingError, near_matches
+from .train.signals import EXIT_SAVED
 
 # The extra that brings a package, for a message in place of an ImportError.
 EXTRAS = dict.fromkeys(("tyro", "sklearn", "matplotlib"), "train")
@@ -30,30 +32,45 @@ class Parser(argparse.ArgumentParser):
 
 
 def train(args: argparse.Namespace, fields: list[str]) -> int:
-    from .train import config, recipes
+    from .train import config
 
     if args.help:
         args.parser.print_help()
         if args.recipe is None:
             return 0
         fields = ["--help"]
-    if args.recipe is None:
-        raise InputError(f"mpvg train needs --recipe NAME: there is {', '.join(recipes.names())}")
-    resolved = config.from_args(recipes.load(args.recipe), fields, f"mpvg train --recipe {args.recipe}")
+    default, recipe = start_of_run(args)
+    resolved = config.from_args(default, fields, f"mpvg train --recipe {recipe}")
     if args.print_config:
         print(json.dumps(config.to_dict(resolved), indent=2))
         return 0
     from .train import loop
 
-    out = args.out or Path("runs") / time.strftime(f"{args.recipe}-%Y%m%d-%H%M%S")
-    loop.train(resolved, out, args.recipe)
+    loop.train(resolved, args.out, recipe, args.resume)
     return 0
 
 
-def evaluate(args: argparse.Namespace, _: list[str]) -> int:
+def start_of_run(args: argparse.Namespace):
+    """The config to begin with and its recipe's name: the recipe's, or that of the run that is gone on with."""
+    from .train import recipes
+
+    if args.recipe is not None:
+        return recipes.load(args.recipe), args.recipe
+    folder = args.out if args.resume == "auto" else None if args.resume == "never" else Path(args.resume)
+    while folder is not None and not (folder / "run.json").exists() and folder.name:
+        folder = folder.parent if folder.name.startswith(("step-", "checkpoints")) else None
+    if folder is None:
+        raise InputError(f"mpvg train needs --recipe NAME: there is {', '.join(recipes.names())}")
+    from .train.checkpoint import RunFolder
+
+    run = RunFolder(folder)
+    return run.config(), run.info.get("recipe", "")
+
+
+def evaluate(args: argparse.Namespace, fields: list[str]) -> int:
     from .train import loop
 
-    result = loop.evaluate_run(args.folder, args.weights)
+    result = loop.evaluate_run(args.folder, args.weights, fields)
     figures = f"accuracy {result['acc']:.2f} %, loss {result['loss']:.4f}, {result['images']} images"
     print(f"{args.folder} ({args.weights}): {figures}")
     write_result(args.json, result)
@@ -144,17 +161,30 @@ def parser() -> Parser:
     sub.set_defaults(parser=sub)
     sub.add_argument("-h", "--help", action="store_true", help="show this help, with --recipe every field too")
     sub.add_argument("--recipe", metavar="NAME", help="what to train; `mpvg recipes` lists them")
-    sub.add_argument("--out", metavar="DIR", type=Path, help="run folder to make (default: runs/NAME-TIME)")
+    sub.add_argument(
+        "--out", metavar="DIR", type=Path, help="run folder (default: runs/NAME-TIME; resuming, runs/NAME)"
+    )
+    sub.add_argument(
+        "--resume",
+        metavar="never|auto|PATH",
+        default="never",
+        help="auto: go on from the run folder's newest whole checkpoint, or start; PATH: from that run or checkpoint",
+    )
     sub.add_argument("--print-config", action="store_true", help="print the resolved config as JSON and stop")
-    sub = command("eval", evaluate, "evaluate a run's weights on the held-out images")
+    sub = command(
+        "eval",
+        evaluate,
+        "evaluate a run's weights on the held-out images",
+        epilog="Fields of the run's config are options, for example --data.root DIR --device cpu.",
+    )
     sub.add_argument("folder", metavar="RUN", type=Path, help="run folder")
-    sub.add_argument("--weights", choices=("best", "last"), default="last", help="which weights (default: last)")
+    sub.add_argument("--weights", choices=("best", "last", "ema"), default="last", help="which weights (default: last)")
     sub.add_argument("--json", metavar="FILE", type=Path, help="write the result there as well")
     sub = command("export", export, "write a run's model, or one of random weights, for other programs, and check it")
     sub.add_argument("source", metavar="RUN_OR_MODEL", help="run folder, or a registered model's name (random weights)")
     sub.add_argument("--format", choices=("onnx", "pt2", "safetensors"), required=True, help="what to write")
     sub.add_argument("--out", metavar="PATH", type=Path, help="file (safetensors: folder) to make (default: NAME here)")
-    sub.add_argument("--weights", choices=("best", "last"), help="which weights of a run (default: last)")
+    sub.add_argument("--weights", choices=("best", "last", "ema"), help="which weights of a run (default: last)")
     sub.add_argument("--scheme", metavar="SCHEME", help="position scheme of a model's name, for example mpvg(last=8)")
     sub.add_argument("--img-size", metavar="SIZE", type=image_size, help="image size, 224 or 224x160 (default: own)")
     sub.add_argument("--batch", metavar="N", type=int, help="fix the number of images a call (default: any number)")
@@ -176,15 +206,14 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line `argv` (default: the process's own); returns the exit code."""
     try:
         args, rest = parser().parse_known_args(argv)
-        if rest and args.run is not train:
+        if rest and args.run not in (train, evaluate):
             raise InputError(f"mpvg {args.command} does not take {' '.join(rest)!r}; see `mpvg {args.command} --help`")
         return args.run(args, rest)
-    except InputError as error:
-        print(f"mpvg: {error}", file=sys.stderr)
-        return 2
-    except TrainingError as error:
-        print(f"mpvg: {error}", file=sys.stderr)
-        return 1
+    except (InputError, TrainingError, Stopped) as error:
+        # What many processes agreed on, the first one says.
+        if not getattr(error, "shared", False) or os.environ.get("RANK", "0") == "0":
+            print(f"mpvg: {error}", file=sys.stderr)
+        return {InputError: 2, TrainingError: 1, Stopped: EXIT_SAVED}[type(error)]
     except ModuleNotFoundError as error:
         name = (error.name or "").partition(".")[0]
         if name not in EXTRAS:

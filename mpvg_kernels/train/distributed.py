@@ -126,7 +126,7 @@ def process_group(world: World, device: torch.device, config: Config) -> Iterato
 def together(world: World, run: Callable[[], Result], *, main_only: bool = False) -> Result | None:
     """`run()` on every process (or the first alone); where it fails on one, all raise that one's error.
 
-    Without this the others would wait for it for ever. Only the error of the first process is printed by `mpvg`.
+    Without this the others would wait for it for ever.
 
     Raises:
         InputError, TrainingError: whichever the first process that failed did raise.
@@ -141,6 +141,7 @@ def together(world: World, run: Callable[[], Result], *, main_only: bool = False
             failed = error
     errors = [error for error in gather(failed, world) if error is not None]
     if errors:
+        errors[0].shared = True  # the first process says it for all
         raise errors[0]
     return result
 
@@ -214,8 +215,8 @@ def replicate(model: nn.Module, device: torch.device, deterministic: bool) -> nn
         model,
         device_ids=[device.index] if device.type == "cuda" else None,
         gradient_as_bucket_view=True,
-        # Otherwise DDP puts the gradients into new buckets after a run's first update, and with three processes or more a sum's
-        # order hangs on its place in a bucket: a resumed run would differ in the last bit.
+        # Otherwise DDP puts the gradients into new buckets after a run's first update, and with three processes or more
+        # a sum's order hangs on its place in a bucket: a resumed run would differ in the last bit.
         find_unused_parameters=deterministic or device.type == "cpu",
     )
 

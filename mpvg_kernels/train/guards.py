@@ -11,8 +11,8 @@ class SkippedUpdates:
     """
 
     def __init__(self, device: torch.device):
-        # now: skipped in a row up to here, the first of them, whether its loss (not only a gradient) was not finite on this
-        # process; then the same of the longest row.
+        # How many were skipped in a row up to here, the first of them, whether its loss (not only a gradient) was not
+        # finite on this process; then the same of the longest row.
         self.state = torch.zeros(6, dtype=torch.int64, device=device)
 
     def add(self, skipped: Tensor, bad_loss: Tensor, update: int) -> None:

@@ -14,6 +14,8 @@ goes on is bitwise the one that was not.
 
 import contextlib
 import math
+import os
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -61,8 +63,6 @@ def cpu_threads(count: int | None):
 
 def make_deterministic() -> None:
     """Let CUDA use algorithms that repeat bit for bit."""
-    import os
-
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False
@@ -210,7 +210,7 @@ class Trainer:
         return loss, logits.detach()
 
     def _apply_gradients(self, bad_loss: Tensor) -> tuple[Tensor, Tensor]:
-        """Step the optimizer, unless a gradient is not finite: the gradient's norm and whether it was skipped (scalars).
+        """Step the optimizer, unless a gradient is not finite: the gradient's norm, and whether it was not (scalars).
 
         Fused optimizers skip by themselves, so that the GPU is not waited for; others have to be asked to.
         """
@@ -223,7 +223,6 @@ class Trainer:
         if self.scaler.is_enabled():  # skips overflows by itself, and lowers its scale
             self.scaler.step(self.optimizer)
             self.scaler.update()
-            skipped = bad_loss
         elif getattr(self.optimizer, "_step_supports_amp_scaling", False):
             self.optimizer.grad_scale, self.optimizer.found_inf = None, skipped.float()
             self.optimizer.step()
@@ -404,7 +403,7 @@ class Run:
         return round((trainer.step - first) * config.batch / (time.perf_counter() - begin), 1)
 
     def _log_interval(self, lr: float, updates: int, start: float) -> None:
-        """Log the updates since the last call, of which `updates` were done here since `start`. Waits for the device."""
+        """Log the updates since the last call, `updates` of them done since `start`. Waits for the device."""
         trainer, world = self.trainer, self.trainer.world
         trainer.check()
         self._log_bad_images()
@@ -559,24 +558,16 @@ def train(config: Config, out: Path | None, recipe: str, resume: str = "never") 
         trainer = Trainer(config, world, device)
         main = world.rank == 0
         try:
-            opened = together(world, lambda: _open(trainer, out, recipe, resume), main_only=True)
-            folder, checkpoints, restored = opened or (None, None, None)
-            path = distributed.from_main(restored.path if restored else None, world)
-            if path is not None:
-                together(world, lambda: trainer.restore(restored or checkpoint.read(path)))
-            del restored, opened
-            if main:
-                _say(trainer, folder, path)
+            folder, checkpoints = _open_and_restore(trainer, out, recipe, resume)
         except BaseException:
             trainer.data.close()
             raise
-        done = trainer.updates
         log_config = config.log
         try:
             with RunLog(
                 folder.path if main else None,
                 trainer.total,
-                done,
+                trainer.updates,
                 tensorboard=log_config.tensorboard,
                 wandb=log_config.wandb,
                 config=to_dict(config),
@@ -606,6 +597,21 @@ def train(config: Config, out: Path | None, recipe: str, resume: str = "never") 
             f"{time.perf_counter() - start:.0f} s; report in {folder.path / 'report.md'}"
         )
         return folder
+
+
+def _open_and_restore(
+    trainer: Trainer, out: Path | None, recipe: str, resume: str
+) -> tuple[RunFolder | None, Checkpoints | None]:
+    """Open the run folder on the first process, and take up on all of them what it goes on from."""
+    world = trainer.world
+    opened = together(world, lambda: _open(trainer, out, recipe, resume), main_only=True)
+    folder, checkpoints, restored = opened or (None, None, None)
+    path = distributed.from_main(restored.path if restored else None, world)
+    if path is not None:
+        together(world, lambda: trainer.restore(restored or checkpoint.read(path)))
+    if folder is not None:
+        _say(trainer, folder, path)
+    return folder, checkpoints
 
 
 def _open(trainer: Trainer, out: Path | None, recipe: str, resume: str):
@@ -673,8 +679,6 @@ def check_classes(folder: RunFolder, names: list[str] | None) -> None:
 
 
 def _warn(text: str) -> None:
-    import sys
-
     print(f"warning: {text}", file=sys.stderr, flush=True)
 
 

@@ -32,7 +32,7 @@ PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "A100": 312.0, "L40S": 362.0, "A10"
 
 
 class Meter:
-    """Sums over updates, on the device, so that no update waits for one: loss, accuracy, gradient norm, skipped updates.
+    """Sums over updates (loss, accuracy, gradient norm, skipped ones), on the device, so that no update waits for one.
 
     One vector of fp64 for each process; only `read` adds them up. Accuracy is against a mixed target's larger share.
     """
@@ -100,7 +100,7 @@ def peak_tflops(device: torch.device, amp: str, given: float | None) -> float | 
 
 
 class LogFile:
-    """A text file that lines are added to. What a full disk does not take is kept and tried again with the next line."""
+    """A text file that lines are added to. What a full disk does not take is kept, and tried with the next line."""
 
     def __init__(self, path: Path, warn: Callable[[str], None]):
         self.path, self._warn, self._pending, self._failed = path, warn, b"", False

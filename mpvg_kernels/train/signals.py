@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop: it saves at the next update and exits with 75; a second one ends it at once, with 130.
+"""Signals that ask a run to stop: it saves at the next update and exits with 75; a second one ends it at once (130).
 
 Ctrl-C, a scheduler's SIGTERM, and SIGUSR1, which Slurm sends before a job's time is over (`sbatch --signal=USR1@120`).
 """
@@ -10,7 +10,7 @@ import time
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 EXIT_SAVED, EXIT_AT_ONCE = 75, 130
 TORCHRUN_GRACE_S = 5.0
-"""torchrun passes signals on that its processes have got from the terminal already: within so many seconds they are one."""
+"""torchrun passes on what its processes have got from the terminal already: within so many seconds it is one signal."""
 
 
 class Signals:
