@@ -1,7 +1,7 @@
 """The `mpvg` command: train, eval, export, recipes, info, bench, demo.
 
-Exit codes: 0 ok, 1 failure, 2 usage or bad input, 75 training saved on a signal, 130 interrupted. What a command needs is imported by that command
-alone, so that `mpvg info` works without the extras.
+Exit codes: 0 ok, 1 failure, 2 usage or bad input, 75 training saved on a signal, 130 interrupted. What a command needs
+is imported by that command alone, so that `mpvg info` works without the extras.
 """
 
 import argparse
@@ -9,7 +9,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 from .train import InputError, Stopped, TrainingError, near_matches

@@ -56,10 +56,10 @@ def compare_backends(config: Config, fused: str, updates: int) -> dict[str, Any]
         if i % steps == 0:
             batches = {name: trainer.data.train_batches(1 + i // steps) for name, trainer in trainers.items()}
         for name in names if i % 2 else reversed(names):
-            x, labels = next(batches[name])
+            trainers[name].model.train()
             with use_backend(name), cpu_threads(config.threads):
                 start = time.perf_counter()
-                losses[name].append(float(trainers[name].step(x, labels)[0]))  # waits for the device
+                losses[name].append(float(trainers[name].update(batches[name])))  # waits for the device
                 seconds[name].append(time.perf_counter() - start)
     pairs = zip(losses[fused], losses["reference"], strict=True)
     return {

@@ -246,11 +246,13 @@ class Trainer:
         rank = next((rank for rank, (bad, _) in enumerate(told) if bad), 0)
         files = told[rank][1]
         what = "loss" if told[rank][0] else "gradient"
-        raise TrainingError(
+        error = TrainingError(
             f"the {what} was not finite in {count} updates in a row, from update {first + 1} (epoch {epoch}) on, on "
             f"process {rank}, with the images {', '.join(files[:8])}{', ...' if len(files) > 8 else ''}; try a lower "
             "optim.lr, a longer warm-up, optim.clip_grad, or amp bf16 or none"
         )
+        error.shared = True
+        raise error
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module | None = None, on_batch=lambda: None) -> dict[str, float]:
@@ -499,10 +501,12 @@ class Run:
         if self.folder is not None:
             self.folder.set_status("preempted", epoch=trainer.epoch, step=trainer.updates, best_acc=trainer.best)
         where = f" in {self.folder.path}" if self.folder is not None else ""
-        raise Stopped(
+        stopped = Stopped(
             f"{self.signals.received or 'a signal to another process'}: saved{where} at update {trainer.updates} of "
             f"{trainer.total}; the same command with --resume auto goes on"
         )
+        stopped.shared = True
+        raise stopped
 
     def _profiler(self):
         """A torch profiler over a few updates where one is asked for; something that does nothing otherwise."""
