@@ -251,8 +251,9 @@ class RunLog:
 
 def read_log(folder: Path, kind: str) -> list[dict[str, Any]]:
     """The lines of log.jsonl of one kind: `train`, `epoch`, `bad_image`, `skipped`, `spike`."""
-    with open(folder / "log.jsonl") as file:
-        return [row for row in map(json.loads, file) if row["kind"] == kind]
+    lines = (folder / "log.jsonl").read_text().splitlines(keepends=True)
+    rows = (json.loads(line) for line in lines if line.endswith("\n"))  # a run that was killed may leave half a line
+    return [row for row in rows if row["kind"] == kind]
 
 
 def plot_curves(folder: Path) -> None:
