@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 from timm.layers import resample_abs_pos_embed
 from timm.models._input import get_pretrained_grid_size
-from torch import Tensor
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from .mpvg_vit import MPVGVisionTransformer
@@ -45,6 +45,13 @@ class ConvertsCheckpoints:
     def rename_checkpoint(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         """Another checkpoint's parameters, all but the PE tables, under this model's names and sizes."""
         raise NotImplementedError
+
+
+def parameters_of(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Parameters by name, which training scripts keep under "model", "state_dict" or "state_dict_ema"."""
+    for key in ("model", "state_dict", "state_dict_ema"):
+        checkpoint = checkpoint.get(key, checkpoint)
+    return checkpoint
 
 
 def checkpoint_filter_fn(
@@ -79,9 +86,7 @@ def checkpoint_filter_fn(
     """
     if new_pos_norms not in ("identity", "zero"):
         raise ValueError(f"new_pos_norms={new_pos_norms!r}; expected 'identity' or 'zero'")
-    for key in ("model", "state_dict", "state_dict_ema"):
-        state_dict = state_dict.get(key, state_dict)
-    state_dict = {model.own_name(name): value for name, value in state_dict.items()}
+    state_dict = {model.own_name(name): value for name, value in parameters_of(state_dict).items()}
     tables = {k: v for k, v in state_dict.items() if k == "pos_embed" or k.startswith("layer_pos_embed.")}
     out = model.rename_checkpoint({k: v for k, v in state_dict.items() if k not in tables})
     done = ["found no PE table and left the model's own"] if "pos_embed" in out and "pos_embed" not in tables else []
@@ -194,16 +199,34 @@ def load_weights(
     *,
     grid: tuple[int, int] | None = None,
     new_pos_norms: Literal["identity", "zero"] = "identity",
+    new_head: bool = False,
 ) -> None:
     """Load a checkpoint, converted by `checkpoint_filter_fn`, into `model`; every name and shape must fit.
 
-    Args: as `checkpoint_filter_fn`.
+    Args: as `checkpoint_filter_fn`, and
+        new_head: keep the model's own classifier where the checkpoint's has another number of classes, or it has none;
+            a log line says so.
 
     Raises:
         ValueError: the weights are of another model; the message lists what is missing, unexpected and mis-shaped, with
             both shapes, and the options of a model that would take them. `model` is as it was.
     """
     weights = checkpoint_filter_fn(state_dict, model, grid, new_pos_norms=new_pos_norms)
+    if new_head:
+        weights = keep_own_head(model, weights)
+    text = differences(model, weights)
+    if text:
+        options = _options_that_fit(model, weights)
+        raise ValueError(
+            f"these weights are of another model than this one (position scheme {model.scheme}, depth "
+            f"{len(model.blocks)}, width {model.embed_dim}, {model.num_classes} classes): {text}"
+            + (f"; build the model with {' and '.join(options)} to take them" if options else "")
+        )
+    model.load_state_dict(weights)
+
+
+def differences(model: nn.Module, weights: Mapping[str, Tensor]) -> str:
+    """What keeps weights from being loaded into `model`: names missing, unexpected and mis-shaped; "" if they fit."""
     own = model.state_dict()
     problems = {
         "missing": [f"{k} {tuple(v.shape)}" for k, v in own.items() if k not in weights],
@@ -214,19 +237,35 @@ def load_weights(
             if k in own and v.shape != own[k].shape
         ],
     }
-    text = "; ".join(
+    return "; ".join(
         f"{len(names)} {kind} ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''})"
         for kind, names in problems.items()
         if names
     )
-    if text:
-        options = _options_that_fit(model, weights)
-        raise ValueError(
-            f"these weights are of another model than this one (position scheme {model.scheme}, depth "
-            f"{len(model.blocks)}, width {model.embed_dim}, {model.num_classes} classes): {text}"
-            + (f"; build the model with {' and '.join(options)} to take them" if options else "")
-        )
-    model.load_state_dict(weights)
+
+
+def classifier_names(model: nn.Module) -> list[str]:
+    """Names of the parameters of a timm model's classifier, both heads of DeiT's distilled models among them."""
+    heads = model.get_classifier()
+    heads = heads if isinstance(heads, (tuple, list, nn.ModuleList)) else (heads,)
+    ids = {id(p) for head in heads for p in head.parameters()}
+    return [name for name, p in model.named_parameters() if id(p) in ids]
+
+
+def keep_own_head(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`weights` with the model's own classifier in place of one of another number of classes, or of none.
+
+    A log line says what starts anew.
+    """
+    own, names = model.state_dict(), classifier_names(model)
+    new = [name for name in names if name not in weights or len(weights[name]) != len(own[name])]
+    if not new:
+        return dict(weights)
+    classes = next((f"{len(weights[name])} classes" for name in new if name in weights), "no classifier")
+    _logger.info(
+        "%s: the checkpoint has %s, the model %d.", f"{' and '.join(new)} start anew", classes, len(own[new[0]])
+    )
+    return {**weights, **{name: own[name] for name in new}}
 
 
 def _options_that_fit(model: MPVGVisionTransformer, weights: Mapping[str, Tensor]) -> list[str]:
@@ -298,16 +337,17 @@ def load_checkpoint(
     *,
     grid: tuple[int, int] | None = None,
     new_pos_norms: Literal["identity", "zero"] = "identity",
+    new_head: bool = False,
 ) -> None:
     """`load_weights` from a file or a folder, see `read_checkpoint`.
 
-    Args: `path`, and as `checkpoint_filter_fn`.
+    Args: `path`, and as `load_weights`.
 
     Raises:
         ValueError: the file can't be read, or holds the weights of another model; one sentence that names the file.
     """
     state_dict = read_checkpoint(path)
     try:
-        load_weights(model, state_dict, grid=grid, new_pos_norms=new_pos_norms)
+        load_weights(model, state_dict, grid=grid, new_pos_norms=new_pos_norms, new_head=new_head)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
