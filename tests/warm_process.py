@@ -7,12 +7,13 @@ Run as a program it is that process. It reads one JSON request a line and answer
                                           others are killed, as torchrun does
 
 `patch` ends a process with SIGKILL at a given moment, {"kill": [NAME, N]}: at the N-th call of what NAME stands for in
-MOMENTS; or spoils something, {"forget": true} (a resumed run begins its epoch anew), {"nan": N} (the N-th loss),
-{"file_limit": bytes} (RLIMIT_FSIZE).
+MOMENTS; {"signal": [NAME, N, number], "again": ...} sends a signal then. Or it spoils something: {"forget": true} (a
+resumed run begins its epoch anew), {"nan": [N, count]} (losses from the N-th on), {"file_limit": bytes} (RLIMIT_FSIZE).
 
 `WarmProcess` is the other end, for the tests.
 """
 
+import functools
 import importlib
 import json
 import os
@@ -58,9 +59,8 @@ def apply(patch: dict) -> None:
 
     if "kill" in patch:
         call_at(*patch["kill"], lambda: os.kill(os.getpid(), signal.SIGKILL))
-    if "signal" in patch:
-        name, count, number = patch["signal"]
-        call_at(name, count, lambda: os.kill(os.getpid(), number))
+    for name, count, number in [patch[key] for key in ("signal", "again") if key in patch]:
+        call_at(name, count, functools.partial(os.kill, os.getpid(), number))
     if "forget" in patch:
         plain = loop.Trainer.restore
 
