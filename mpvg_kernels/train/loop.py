@@ -22,11 +22,11 @@ from torch import Tensor, nn
 
 from .. import backends
 from . import InputError, TrainingError, near_matches
-from .checkpoint import WEIGHTS, RunFolder, machine
 from .config import Config, from_dict, to_dict
 from .data import Digits, create_data
 from .metrics import RunLog, Window, read_log
 from .report import write_report
+from .run_folder import RunFolder, machine
 
 
 def pick_device(name: str) -> torch.device:
@@ -170,7 +170,7 @@ class Trainer:
                 for key in ("loss", "acc"):
                     row |= {f"train_{key}": train[key], f"test_{key}": test[key]}
                 log.epoch(row, is_best)
-                for name in WEIGHTS if is_best else ("last",):
+                for name in ("best", "last") if is_best else ("last",):
                     run.save(name, self.model)
                 run.set_status("running", epoch=epoch, step=self.updates, test_acc=test["acc"], best_acc=best)
 
