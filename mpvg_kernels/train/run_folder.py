@@ -1,0 +1,294 @@
+"""The run folder: what a run writes, and the weights that others read.
+
+    run.json     the resolved config, versions, machine       written once, at the start
+    status.json  running | preempted | finished | failed, and how far
+    log.jsonl  metrics.csv  curves.png  report.md             metrics.py and report.py write these
+    checkpoints/                                              checkpoint.py writes it: what a run goes on from
+    best/ last/ ema/  config.json and model.safetensors, as timm writes them
+    .lock        the process that writes the folder
+
+Every file is written beside its place and renamed into it, so that a reader never sees half of one.
+"""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import socket
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import timm
+import torch
+from timm.models._hub import save_config_for_hf
+from torch import nn
+
+from ..models.weights import read_checkpoint
+from . import InputError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+WEIGHTS = ("best", "last", "ema")
+
+
+def sync(path: Path) -> None:
+    """Have the kernel write a file, or a folder's list of names, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _replace(tmp: Path, path: Path) -> None:
+    sync(tmp)
+    os.replace(tmp, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` to `path` whole or not at all."""
+    tmp = path.with_name(f".{path.name}.tmp")
+    tmp.write_text(json.dumps(value, indent=2) + "\n")
+    _replace(tmp, path)
+
+
+def disk_error(error: BaseException | None) -> OSError | None:
+    """The OSError behind what a writer raised, or None; safetensors and torch.save raise other types for it."""
+    while error is not None:
+        if isinstance(error, OSError):
+            return error
+        if isinstance(error, safetensors.SafetensorError) and (found := re.search(r"os error (\d+)", str(error))):
+            return OSError(int(found[1]), os.strerror(int(found[1])))
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def print_warning(message: str) -> None:
+    """Say a warning on stderr."""
+    print(f"mpvg: warning: {message}", file=sys.stderr, flush=True)
+
+
+class RunFolder:
+    """A run's folder: `RunFolder.create` starts one, `RunFolder(path)` opens one that is there.
+
+    Attributes:
+        info: what run.json holds.
+        warn: called with a sentence when something can't be written that training can do without.
+
+    Raises:
+        InputError: `path` is not a run folder.
+    """
+
+    warn: Callable[[str], None] = staticmethod(print_warning)
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self._lock_file = None
+        try:
+            self.info: dict[str, Any] = json.loads((self.path / "run.json").read_text())
+        except FileNotFoundError:
+            raise InputError(
+                f"{self.path} is not a run folder: it has no run.json; expected a folder that `mpvg train` wrote"
+            ) from None
+        except (OSError, ValueError) as error:
+            raise InputError(
+                f"{self.path / 'run.json'} can't be read ({error}); expected the JSON of `mpvg train`"
+            ) from None
+
+    @classmethod
+    def create(cls, path: str | Path, info: dict[str, Any]) -> "RunFolder":
+        """Make the folder, lock it (see `lock`) and write run.json (`info`) and status.json.
+
+        Raises:
+            InputError: there is something in the folder already, it can't be made, or another process is making it.
+        """
+        path = Path(path)
+        taken = f"{path} exists and nothing is overwritten: choose another folder with --out, or remove this one"
+        ours = {".lock", ".run.json.tmp"}  # all that is there when a start was cut off before it wrote run.json
+        try:
+            if path.is_dir() and not {file.name for file in path.iterdir()} <= ours:
+                raise InputError(taken)
+            path.mkdir(parents=True, exist_ok=True)
+            lock_file = _lock(path)
+            if (path / "run.json").exists():  # another process made the run in between, and has ended
+                raise InputError(taken)
+            write_json(path / "run.json", info)
+        except FileExistsError:
+            raise InputError(taken) from None
+        except OSError as error:
+            raise InputError(f"{path} can't be written ({error.strerror}): choose another folder with --out") from None
+        run = cls(path)
+        run._lock_file = lock_file
+        run.set_status("running")
+        return run
+
+    def lock(self) -> None:
+        """Make this process the one that writes the folder, until it ends or calls `unlock`.
+
+        Where the file system has no locks, nothing happens.
+
+        Raises:
+            InputError: another process writes it, or it can't be written.
+        """
+        if self._lock_file is None:
+            try:
+                self._lock_file = _lock(self.path)
+            except OSError as error:
+                raise InputError(f"{self.path} can't be written ({error.strerror})") from None
+
+    def unlock(self) -> None:
+        """Let another process write the folder."""
+        if self._lock_file is not None:
+            self._lock_file.close()
+            self._lock_file = None
+
+    def set_status(self, state: str, **more: Any) -> bool:
+        """Write status.json: `state`, the time, and whatever else is known (epoch, step, accuracy, error).
+
+        Returns:
+            Whether it could be written; if not, `warn` was told.
+        """
+        status = {"state": state, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **more}
+        try:
+            write_json(self.path / "status.json", status)
+        except OSError as error:
+            self.warn(f"{self.path / 'status.json'} could not be written ({error.strerror}); training goes on")
+            return False
+        return True
+
+    def save(self, name: str, model: nn.Module) -> bool:
+        """Write weights and config in timm's format: `timm.create_model("local-dir:RUN/best", pretrained=True)`.
+
+        Args:
+            name: one of WEIGHTS.
+            model: made by timm.create_model, which has noted in it what it takes to make it again.
+
+        Returns:
+            Whether they could be written; if not, `warn` was told, and those of before are still there.
+        """
+        tmp, folder = self.path / f".{name}.tmp", self.path / name
+        # A copy each: safetensors takes neither tied weights nor channels-last ones.
+        copies = {
+            key: value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+            for key, value in model.state_dict().items()
+        }
+        try:
+            tmp.mkdir(exist_ok=True)
+            safetensors.torch.save_file(copies, tmp / "model.safetensors", metadata={"format": "pt"})
+            save_config_for_hf(model, tmp / "config.json")
+            folder.mkdir(exist_ok=True)
+            for file in sorted(tmp.iterdir()):  # config.json is the same all through the run, so the pair always fits
+                _replace(file, folder / file.name)
+            sync(folder)
+        except (OSError, safetensors.SafetensorError) as error:
+            reason = (disk_error(error) or error).args[-1]
+            self.warn(f"the {name} weights could not be written to {folder} ({reason}); training goes on without")
+            return False
+        finally:
+            shutil.rmtree(tmp, ignore_errors=True)
+        return True
+
+    def load(self, name: str, model: nn.Module) -> None:
+        """Load the weights `name` (one of WEIGHTS) into `model`.
+
+        Raises:
+            InputError: they are not there, can't be read, or belong to another model.
+        """
+        path = self.path / name / "model.safetensors"
+        if not path.exists():
+            raise InputError(f"{path} does not exist: the run has not saved its {name} weights")
+        try:
+            found = read_checkpoint(path)
+        except ValueError as error:
+            raise InputError(str(error)) from None
+        expected = model.state_dict()
+        both = found.keys() & expected.keys()
+        wrong = [
+            ("missing", sorted(expected.keys() - found.keys())),
+            ("not in the model", sorted(found.keys() - expected.keys())),
+            (
+                "of another shape",
+                [
+                    f"{key} {tuple(found[key].shape)} instead of {tuple(expected[key].shape)}"
+                    for key in sorted(both)
+                    if found[key].shape != expected[key].shape
+                ],
+            ),
+        ]
+        if any(keys for _, keys in wrong):
+            said = "; ".join(
+                f"{len(keys)} {what} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
+                for what, keys in wrong
+                if keys
+            )
+            raise InputError(f"{path} holds the weights of another model than run.json's: {said}")
+        model.load_state_dict(found)
+
+
+def _lock(folder: Path):
+    """The open file that holds the lock on a folder; None where there are no locks.
+
+    A record lock (lockf), not flock: the kernel drops it with this process, while flock's would live on in the data
+    workers, which hold copies of the open file for some seconds after the process is gone.
+    """
+    if fcntl is None:
+        return None
+    file = open(folder / ".lock", "a+")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        file.seek(0)
+        holder = file.read().strip() or "another process"
+        file.close()
+        raise InputError(
+            f"{folder} is being written by {holder}: wait until it has ended, or choose another folder with --out"
+        ) from None
+    except OSError:
+        file.close()
+        return None
+    with contextlib.suppress(OSError):  # the name is a help alone, and the disk may be full
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+    return file
+
+
+def machine() -> dict[str, Any]:
+    """The machine and the versions that a result depends on."""
+    import platform
+
+    import sklearn
+    import torchvision
+
+    from .. import __version__
+
+    cpu = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        names = [line.partition(":")[2].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
+        cpu = names[0] if names else cpu
+    return {
+        "versions": {
+            "mpvg_kernels": __version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "torchvision": torchvision.__version__,
+            "timm": timm.__version__,
+            "scikit-learn": sklearn.__version__,
+        },
+        "machine": {
+            "system": f"{platform.system()} {platform.machine()}",
+            "cpu": cpu,
+            "threads": torch.get_num_threads(),
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        },
+        "command": sys.argv,
+    }
