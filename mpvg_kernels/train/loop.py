@@ -15,7 +15,7 @@ goes on is bitwise the one that was not.
 import contextlib
 import math
 import os
-import sys
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,8 +28,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from .. import backends
-from . import InputError, Stopped, TrainingError, checkpoint, distributed
-from .checkpoint import Checkpoints, RunFolder, Snapshot, machine
+from . import InputError, Stopped, TrainingError, distributed
+from .checkpoint import LOGS, Checkpoints, Restored, Snapshot
 from .config import Config, get, ignored, to_dict
 from .config import field_names as config_fields
 from .data import Batch, BatchAugmentation, create_data, seed_everything
@@ -40,6 +40,7 @@ from .metrics import Meter, RunLog, Spikes, memory_mb, peak_tflops, read_log
 from .model import create_model, train_mode
 from .optim import create_optimizer, create_schedule, describe
 from .report import write_report
+from .run_folder import RunFolder, machine, print_warning
 from .signals import Signals
 
 UPDATE = 1
@@ -308,11 +309,10 @@ class Trainer:
             "best": self.best,
             "bad_images": sorted(self.bad_images),
             "config": to_dict(self.config),
-            "logs": log.sizes(),
         }
-        return Snapshot(self.updates, model, ema, state)
+        return Snapshot(self.updates, model, ema, state, log.files)
 
-    def restore(self, restored: checkpoint.Restored) -> None:
+    def restore(self, restored: Restored) -> None:
         """Take up the state that `snapshot` gave, also with another number of processes.
 
         Raises:
@@ -579,7 +579,7 @@ def train(config: Config, out: Path | None, recipe: str, resume: str = "never") 
                 Run(trainer, signals, log, folder, checkpoints).fit()
             if main:
                 checkpoints.wait()
-                write_report(folder)
+                _report(folder)
         except Stopped:
             raise
         except BaseException as error:  # an interrupt as well: the status must not stay at `running`
@@ -603,6 +603,13 @@ def train(config: Config, out: Path | None, recipe: str, resume: str = "never") 
         return folder
 
 
+def _report(folder: RunFolder) -> None:
+    try:
+        write_report(folder)
+    except OSError as error:  # the disk is full; all that it says is in the logs
+        print_warning(f"{folder.path / 'report.md'} could not be written ({error.strerror})")
+
+
 def _open_and_restore(
     trainer: Trainer, out: Path | None, recipe: str, resume: str
 ) -> tuple[RunFolder | None, Checkpoints | None]:
@@ -612,7 +619,11 @@ def _open_and_restore(
     folder, checkpoints, restored = opened or (None, None, None)
     path = distributed.from_main(restored.path if restored else None, world)
     if path is not None:
-        together(world, lambda: trainer.restore(restored or checkpoint.read(path)))
+        keep = trainer.config.checkpoint.keep
+        together(
+            world,
+            lambda: trainer.restore(restored or Checkpoints(run_of(path), keep, warn=print_warning).open(path)),
+        )
     if folder is not None:
         _say(trainer, folder, path)
     return folder, checkpoints
@@ -627,33 +638,41 @@ def _open(trainer: Trainer, out: Path | None, recipe: str, resume: str):
     info = {"recipe": recipe, "backend": trainer.backend, "parameters": parameters, "updates": trainer.total}
     info |= {"class_names": trainer.data.class_names, "flops": trainer.flops}
     info |= machine() | {"config": to_dict(config)}
-    there = out is not None and (out / "run.json").exists()
-    restored = None
+    restored, copy_logs = None, False
     if resume not in ("never", "auto"):
-        restored = checkpoint.read(Path(resume))
-        source = RunFolder(restored.path.parent.parent)
+        source = run_of(Path(resume))
         check_same_run(source, trainer)
-        folder = (
-            source if out is None or out.resolve() == source.path.resolve() else RunFolder.create(out, info, source)
-        )
-    elif resume == "auto" and there:
+        restored = Checkpoints(source, config.checkpoint.keep, warn=print_warning).open(resume)
+        copy_logs = out is not None and out.resolve() != source.path.resolve()
+        folder = RunFolder.create(out, info) if copy_logs else source
+    elif resume == "auto" and (out / "run.json").exists():
         folder = RunFolder(out)
         check_same_run(folder, trainer)
     else:
         folder = RunFolder.create(out, info)
     folder.lock()
-    checkpoints = Checkpoints(folder, config.checkpoint.keep, warn=_warn)
-    if resume == "auto" and there:
-        found = checkpoints.newest()
-        if found is not None:
-            restored, passed_over = found
-            for sentence in passed_over:
-                _warn(sentence)
-    checkpoints.require_space(trainer.snapshot_bytes(), config.checkpoint.keep)
-    folder.cut_logs(restored.state["logs"] if restored else {})
-    folder.note_start({"command": info["command"], "processes": trainer.world.size, "from": restored and restored.step})
-    folder.set_status("running", step=restored.step if restored else 0)
+    checkpoints = Checkpoints(folder, config.checkpoint.keep, warn=print_warning)
+    if resume == "auto" and (found := checkpoints.newest()) is not None:
+        restored, passed_over = found
+        for sentence in passed_over:
+            print_warning(sentence)
+    if copy_logs:
+        for name in LOGS:
+            shutil.copyfile(source.path / name, folder.path / name)
+    weights = sum(t.nbytes for t in trainer.model.state_dict().values())
+    checkpoints.require_space(trainer.snapshot_bytes(), weights * (3 if trainer.ema else 2))
+    checkpoints.cut_logs(restored.state if restored else None)
+    step = restored.step if restored else 0
+    folder.note_start(
+        step=step, processes=trainer.world.size, device=str(trainer.device), command=info["command"], **info["machine"]
+    )
+    folder.set_status("running", step=step)
     return folder, checkpoints, restored
+
+
+def run_of(path: Path) -> RunFolder:
+    """The run folder that a path is, or is the checkpoint of."""
+    return RunFolder(path if (path / "run.json").exists() or path.parent.name != "checkpoints" else path.parent.parent)
 
 
 def check_same_run(folder: RunFolder, trainer: Trainer) -> None:
@@ -682,15 +701,11 @@ def check_classes(folder: RunFolder, names: list[str] | None) -> None:
     )
 
 
-def _warn(text: str) -> None:
-    print(f"warning: {text}", file=sys.stderr, flush=True)
-
-
 def _say(trainer: Trainer, folder: RunFolder, restored_from: Path | None) -> None:
     """Print what is about to be trained."""
     config, world = trainer.config, trainer.world
     for sentence in ignored(config):
-        _warn(sentence)
+        print_warning(sentence)
     parameters = sum(p.numel() for p in trainer.model.parameters())
     where = (
         str(trainer.device)
@@ -700,7 +715,7 @@ def _say(trainer: Trainer, folder: RunFolder, restored_from: Path | None) -> Non
     print(
         f"{config.model.name} ({config.model.scheme}), {parameters:,} parameters, "
         f"{trainer.flops / 1e9:.2f} GFLOP an image forward, on {where} with the {trainer.backend} backend\n"
-        f"{describe(config, trainer.data.steps, world)}\nrun folder {folder.path}"
+        f"{describe(config, trainer.data.steps, world, trainer.optimizer)}\nrun folder {folder.path}"
         + (f", goes on from {restored_from.name}" if restored_from else ""),
         flush=True,
     )

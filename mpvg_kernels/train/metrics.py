@@ -1,7 +1,7 @@
 """What a run measures and where it goes: log.jsonl, metrics.csv, the progress shown, TensorBoard, W&B, curves.png.
 
 A run that is cut off and resumed leaves the same lines as one that was not, the keys in TIMES aside: the logs are cut
-back to where the checkpoint was made (`RunLog.sizes`), and the sums of a half-filled interval are in it (`Meter`).
+back to where the checkpoint was made (`RunLog.files`), and the sums of a half-filled interval are in it (`Meter`).
 """
 
 import json
@@ -24,7 +24,6 @@ COLUMNS = ("epoch", "step", "lr", "train_loss", "train_acc", "test_loss", "test_
 COLUMNS += ("grad_norm", "skipped", "bad_images", "img_s")
 TIMES = ("time", "img_s", "data_wait", "memory_mb", "tflops", "mfu")
 """Keys of a log line that differ from one run to the next."""
-LOG_FILES = ("log.jsonl", "metrics.csv")
 PLAIN_INTERVAL_S = 60.0
 """Seconds between two lines of progress where there is no terminal."""
 # Dense peak TFLOP/s of one GPU with 16-bit inputs, from NVIDIA's data sheets (SXM); fp32 runs are not compared.
@@ -117,9 +116,15 @@ class LogFile:
                 self._warn(f"{self.path} can't be written ({error.strerror}); its lines are kept and tried again")
             self._failed = True
 
-    def size(self) -> int:
-        """Bytes up to here, those that are still to be written included."""
-        return self._file.tell() + len(self._pending)
+    def flush(self) -> None:
+        """Nothing to do: there is no buffer. (With `fileno` and `name`, what a checkpoint asks of a log.)"""
+
+    def fileno(self) -> int:
+        return self._file.fileno()
+
+    @property
+    def name(self) -> str:
+        return str(self.path)
 
     def close(self) -> None:
         self._file.close()
@@ -155,8 +160,8 @@ class RunLog:
         self._total, self._epoch_acc, self._last_plain = total, "", time.monotonic()
         if folder is None:
             return
-        self._files = {name: LogFile(folder / name, self.warn) for name in LOG_FILES}
-        if not self._files["metrics.csv"].size():
+        self._files = {name: LogFile(folder / name, self.warn) for name in ("log.jsonl", "metrics.csv")}
+        if not (folder / "metrics.csv").stat().st_size:
             self._files["metrics.csv"].write(",".join(COLUMNS))
         if sys.stderr.isatty():
             self._bar = tqdm(total=total, initial=done, unit="step", dynamic_ncols=True)
@@ -177,9 +182,10 @@ class RunLog:
     def __enter__(self) -> "RunLog":
         return self
 
-    def sizes(self) -> dict[str, int]:
-        """Bytes of each log file, for a checkpoint."""
-        return {name: file.size() for name, file in self._files.items()}
+    @property
+    def files(self) -> tuple[LogFile, ...]:
+        """The log files, for a checkpoint: their sizes are where a resumed run cuts them."""
+        return tuple(self._files.values())
 
     def write(self, kind: str, row: dict[str, Any]) -> None:
         """Add a line to log.jsonl; `row` has what JSON has."""

@@ -2,6 +2,7 @@
 
     run.json     the resolved config, versions, machine       written once, at the start
     status.json  running | preempted | finished | failed, and how far
+    starts.jsonl a line for each start: time, command, machine, processes, update that it began with
     log.jsonl  metrics.csv  curves.png  report.md             metrics.py and report.py write these
     checkpoints/                                              checkpoint.py writes it: what a run goes on from
     best/ last/ ema/  config.json and model.safetensors, as timm writes them
@@ -18,7 +19,7 @@ import shutil
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,11 @@ import safetensors.torch
 import timm
 import torch
 from timm.models._hub import save_config_for_hf
-from torch import nn
+from torch import Tensor, nn
 
 from ..models.weights import read_checkpoint
 from . import InputError
+from .config import Config, from_dict
 
 try:
     import fcntl
@@ -165,12 +167,32 @@ class RunFolder:
             return False
         return True
 
-    def save(self, name: str, model: nn.Module) -> bool:
+    def config(self) -> Config:
+        """The run's config.
+
+        Raises:
+            InputError: run.json has none, or one with fields that this version does not know.
+        """
+        if "config" not in self.info:
+            raise InputError(f"{self.path / 'run.json'} has no config; expected the JSON of `mpvg train`")
+        return from_dict(self.info["config"], self.info.get("versions", {}).get("mpvg_kernels"))
+
+    def note_start(self, **start: Any) -> None:
+        """Add a line to starts.jsonl; log.jsonl stays free of what differs between a resumed run and a whole one."""
+        line = json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **start})
+        try:
+            with open(self.path / "starts.jsonl", "a") as file:
+                file.write(line + "\n")
+        except OSError as error:
+            self.warn(f"{self.path / 'starts.jsonl'} could not be written ({error.strerror}); training goes on")
+
+    def save(self, name: str, model: nn.Module, tensors: Mapping[str, Tensor] | None = None) -> bool:
         """Write weights and config in timm's format: `timm.create_model("local-dir:RUN/best", pretrained=True)`.
 
         Args:
             name: one of WEIGHTS.
             model: made by timm.create_model, which has noted in it what it takes to make it again.
+            tensors: the weights, where they are not those in the model (an average, or in parts on many devices).
 
         Returns:
             Whether they could be written; if not, `warn` was told, and those of before are still there.
@@ -179,7 +201,7 @@ class RunFolder:
         # A copy each: safetensors takes neither tied weights nor channels-last ones.
         copies = {
             key: value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-            for key, value in model.state_dict().items()
+            for key, value in (model.state_dict() if tensors is None else tensors).items()
         }
         try:
             tmp.mkdir(exist_ok=True)
