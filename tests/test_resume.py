@@ -78,7 +78,7 @@ def contents(folder) -> dict:
     weights = {name: folder / name / "model.safetensors" for name in checkpoint.WEIGHTS}
     found = {name: safetensors.torch.load_file(path) for name, path in weights.items()}
     newest = max((folder / "checkpoints").glob("step-*"))
-    found["state"] = torch.load(newest / "state.pt", weights_only=True)
+    found["state"] = torch.load(newest / "state.pt", weights_only=True)["state"]
     del found["state"]["logs"]  # sizes: the times in them are of different lengths
     found["state"]["config"] = None  # the number of workers may differ
     found["step"] = newest.name
@@ -107,20 +107,20 @@ def differences(a, b, path="") -> list[str]:
 
 
 def test_killed_twenty_times(warm, images, uninterrupted, tmp_path):
-    folder, out, draw = tmp_path / "run", tmp_path / "out.txt", random.Random(1)
-    kills = [("fsync", 2), ("rename", 2), ("evaluation", 1), ("snapshot", 2)]  # whatever the draw
-    most = {"update": 9, "optimizer": 9, "evaluation": 30, "snapshot": 4, "fsync": 25, "rename": 8}
-    while len(kills) < 20:
+    """Again and again until the run ends, with any number of workers; then the next run."""
+    out, draw, killed, runs = tmp_path / "out.txt", random.Random(1), 0, 0
+    first = [("fsync", 2), ("rename", 2), ("evaluation", 1), ("snapshot", 2)]  # whatever the draw
+    most = {"update": 6, "optimizer": 6, "evaluation": 8, "snapshot": 4, "fsync": 12, "rename": 5}
+    while killed < 20 or (tmp_path / f"run{runs}").exists():
         moment = draw.choice(list(most))
-        kills.append((moment, draw.randint(1, most[moment])))
-    codes = []
-    for kill in kills:
-        workers = draw.choice([0, 0, 0, 1, 2])
-        codes.append(warm.run(command(images, folder, "--data.workers", workers), out, patch={"kill": kill}))
-        assert codes[-1] in (-9, 0), out.read_text()
-    assert codes.count(-9) >= 20, codes
-    assert warm.run(command(images, folder, "--data.workers", 1), out) == 0, out.read_text()
-    assert differences(contents(folder), contents(uninterrupted(1))) == []
+        kill = first[killed] if killed < len(first) else (moment, draw.randint(1, most[moment]))
+        argv = command(images, tmp_path / f"run{runs}", "--data.workers", draw.choice([0, 0, 0, 1, 2]))
+        code = warm.run(argv, out, patch={"kill": kill} if killed < 20 else None)
+        assert code == 0 or code == -9, out.read_text()
+        if code == 0:
+            assert differences(contents(tmp_path / f"run{runs}"), contents(uninterrupted(1))) == []
+            runs += 1
+        killed += code == -9
 
 
 def test_two_processes_killed(warm, images, uninterrupted, tmp_path):
@@ -140,7 +140,8 @@ def test_a_position_that_is_not_restored_is_seen(warm, images, uninterrupted, tm
     # The negative control of the two tests above: were nothing compared, or nothing resumed, they would pass.
     folder, out = tmp_path / "run", tmp_path / "out.txt"
     argv = command(images, folder, "--data.workers", 0)
-    assert warm.run(argv, out, patch={"kill": ("update", 5)}) == -9
+    # The save after update 6 has waited until that after update 3 was written.
+    assert warm.run(argv, out, patch={"kill": ("update", 7)}) == -9
     assert warm.run(argv, out, patch={"forget": True}) == 0, out.read_text()
     found = differences(contents(folder), contents(uninterrupted(1)))
     assert any(path.startswith("/last/") for path in found) and any(path.startswith("/log") for path in found)

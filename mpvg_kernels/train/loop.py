@@ -439,7 +439,7 @@ class Run:
         if not distributed.add_up(torch.tensor(len(bad)), world):
             return
         every = [row for rows in distributed.gather(bad, world) for row in rows]
-        for row in sorted(every, key=lambda row: (row["epoch"], row["position"])):
+        for row in sorted(every, key=lambda row: (row["epoch"] or 0, row["position"])):
             if row["file"] not in trainer.bad_images:
                 trainer.bad_images.add(row["file"])
                 self.log.write("bad_image", row)
