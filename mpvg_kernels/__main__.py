@@ -67,6 +67,9 @@ def start_of_run(args: argparse.Namespace):
 
 
 def evaluate(args: argparse.Namespace, fields: list[str]) -> int:
+    from .train import config
+
+    config.check_options(fields)  # before what takes seconds to import
     from .train import loop
 
     result = loop.evaluate_run(args.folder, args.weights, fields)

@@ -66,7 +66,8 @@ def fails(capsys, *args: object, code: int = 2) -> str:
 def test_run_folder(run):
     folder, printed = run
     assert {path.name for path in folder.iterdir()} == {
-        *(".lock", "run.json", "status.json", "log.jsonl", "metrics.csv", "report.md", "curves.png", "best", "last")
+        *("run.json", "status.json", "starts.jsonl", "log.jsonl", "metrics.csv", "report.md", "curves.png"),
+        *("best", "last", "checkpoints", ".lock"),
     }
     for name in ("best", "last"):
         assert {path.name for path in (folder / name).iterdir()} == {"config.json", "model.safetensors"}
@@ -134,19 +135,55 @@ def test_interrupt(tmp_path):
     while not (log.exists() and log.read_text()) and time.monotonic() < deadline:
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    assert process.wait(60) == 130
-    assert process.stderr.read() == "mpvg: interrupted\n"
-    assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "failed"
+    assert process.wait(60) == 75
+    expected = (
+        rf"mpvg: SIGINT: saved in {tmp_path}/run at update \d+ of 11000; the same command with --resume auto goes on\n"
+    )
+    assert re.search(expected, process.stderr.read())
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "preempted"
 
 
 def test_diverged_training(tmp_path, capsys):
     args = ["train", "--recipe", "digits", "--out", tmp_path / "run", *FAST_ARGS, "--optim.lr", "1e30"]
     assert cli.main([str(arg) for arg in args]) == 1
-    assert re.search(
-        r"mpvg: the loss is (nan|inf) at update \d+, epoch \d: try a lower optim.lr\n", capsys.readouterr().err
+    expected = (
+        r"mpvg: the (loss|gradient) was not finite in 11 updates in a row, from update \d+ \(epoch 1\) on.*optim.lr.*\n"
     )
+    assert re.search(expected, capsys.readouterr().err)
     status = json.loads((tmp_path / "run" / "status.json").read_text())
-    assert status["state"] == "failed" and "the loss is" in status["error"]
+    assert status["state"] == "failed" and "was not finite" in status["error"]
+
+
+def test_a_run_goes_on_from_a_checkpoint_in_a_new_folder(copy, tmp_path, capsys):
+    checkpoint = copy / "checkpoints" / "step-00000022"
+    for path, out in ((checkpoint, tmp_path / "other"), (copy, copy)):
+        # Without --recipe the config is the run's.
+        args = ["train", "--resume", path, *(["--out", out] if out != copy else [])]
+        assert cli.main([str(arg) for arg in args]) == 0
+        assert f"goes on from step-000000{'22' if out != copy else '44'}" in capsys.readouterr().out
+        for name in ("log.jsonl", "metrics.csv"):
+            assert len((out / name).read_text().splitlines()) == len((copy / name).read_text().splitlines())
+        weights = [folder / "last" / "model.safetensors" for folder in (copy, out)]
+        assert weights[0].read_bytes() == weights[1].read_bytes()
+        starts = [json.loads(line)["step"] for line in (out / "starts.jsonl").read_text().splitlines()]
+        assert starts == ([22] if out != copy else [0, 44])
+
+
+def test_profile(tmp_path):
+    args = ["train", "--recipe", "digits", "--out", tmp_path / "run", *FAST_ARGS, "--epochs", "1", "--profile"]
+    assert cli.main([str(arg) for arg in [*args, "--sched.warmup_epochs", "0"]]) == 0
+    profile = tmp_path / "run" / "profile"
+    assert "ProfilerStep*" in (profile / "kernels.txt").read_text()
+    trace = json.loads((profile / "trace.json").read_text())
+    assert sum(event.get("name", "").startswith("ProfilerStep#") for event in trace["traceEvents"]) == 4
+
+
+def test_settings_without_effect_are_told(tmp_path, capsys):
+    args = ["train", "--recipe", "digits", "--out", tmp_path / "run", *FAST_ARGS, "--epochs", "1", "--data.root", "x"]
+    assert cli.main([str(arg) for arg in [*args, "--sched.warmup_epochs", "0", "--eval_interval", "3"]]) == 0
+    out, err = capsys.readouterr()
+    assert err == "mpvg: warning: config field data.root has no effect: data.name is digits\n"
+    assert "batch 64 = 1 process x 1 micro-batch x 64 images" in out and "test loss" in out  # the last epoch's always
 
 
 # ---- the other commands
@@ -208,10 +245,13 @@ def test_import_brings_none_of_the_extras():
         ("train --recipe digits --epochs many", "--epochs"),
         ("train --recipe digits --model.scheme nonsense", "nonsense"),
         ("train --recipe digits stray", "stray"),
+        ("train --resume auto", "mpvg train needs --recipe NAME"),
+        ("train --resume nowhere", "mpvg train needs --recipe NAME"),
+        ("train --recipe digits --resume nowhere", "nowhere is not a run folder"),
         ("eval", "required: RUN"),
         ("eval nowhere", "nowhere is not a run folder: it has no run.json"),
-        ("eval nowhere --weights ema", "invalid choice: 'ema'"),
-        ("eval nowhere --wieghts best", "--wieghts"),
+        ("eval nowhere --weights mean", "invalid choice: 'mean'"),
+        ("eval nowhere --wieghts best", "unknown config field 'wieghts'"),
         ("info --all", "mpvg info does not take '--all'"),
         ("bench nothing", "unknown benchmark 'nothing': there is "),
     ],
@@ -257,6 +297,10 @@ def test_weights_of_another_model(copy, capsys):
     [
         (lambda f: (f / "run.json").write_text("{"), "run.json can't be read"),
         (lambda f: (f / "run.json").write_text("{}"), "run.json has no config"),
+        (
+            lambda f: (f / "run.json").write_text('{"config": {"epoch": 3}, "versions": {"mpvg_kernels": "9.1"}}'),
+            "unknown config field 'epoch'; did you mean 'epochs'? (the config was written by mpvg_kernels 9.1",
+        ),
         (lambda f: shutil.rmtree(f / "last"), "does not exist: the run has not saved its last weights"),
         (lambda f: (f / "last" / "model.safetensors").write_bytes(b"12345678"), "can't be read as safetensors"),
     ],

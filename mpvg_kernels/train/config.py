@@ -451,6 +451,13 @@ def check_names(names: list[str]) -> None:
             raise InputError(f"unknown config field {name!r}{close or '; --print-config lists them all'}")
 
 
+def check_options(args: list[str]) -> None:
+    """Raise InputError for the first option of a command line that names no field."""
+    # Ours and not tyro's check, for its one sentence; a single dash may start a negative number.
+    options = [arg[2:].partition("=")[0] for arg in args if arg.startswith("--") and arg != "--help"]
+    check_names([option.replace("-", "_") for option in options])
+
+
 def from_args(default: Config, args: list[str], prog: str = "mpvg train --recipe NAME") -> Config:
     """`default` with the fields that the command line sets, for example ["--optim.lr", "1e-3", "--epochs=2"].
 
@@ -462,12 +469,11 @@ def from_args(default: Config, args: list[str], prog: str = "mpvg train --recipe
     """
     import tyro
 
-    # Ours and not tyro's check, for its one sentence; a single dash may start a negative number.
-    options = [arg[2:].partition("=")[0] for arg in args if arg.startswith("--") and arg != "--help"]
-    check_names([option.replace("-", "_") for option in options])
+    check_options(args)
     switches = {f"--{name}" for name, field in fields() if field.type in (bool, bool | None)}
     given: list[str] = []
-    for arg, following in zip(args, [*args[1:], "--"], strict=True):
+    for i, arg in enumerate(args):
+        following = args[i + 1] if i + 1 < len(args) else "--"
         given.append(arg)
         if arg.replace("-", "_").replace("__", "--", 1) in switches and following.startswith("--"):
             given.append("True")
