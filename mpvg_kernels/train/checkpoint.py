@@ -349,7 +349,7 @@ def _complete(path: Path) -> dict[str, Any]:
         crc = complete.pop("crc32")
     except FileNotFoundError:
         raise _Damaged("it has no COMPLETE") from None
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise _Damaged(f"COMPLETE can't be read ({error})") from None
     if crc != _crc32(complete):
         raise _Damaged("COMPLETE is damaged")
