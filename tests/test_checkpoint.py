@@ -295,7 +295,7 @@ def test_killed_at_every_call(run, said):
         if status == 0:
             break
         assert status == signal.SIGKILL
-    assert last_call > 20 and restored.step == 2 and said == []
+    assert last_call >= 20 and restored.step == 2 and said == []
 
 
 # ---- damage
@@ -517,8 +517,8 @@ def test_a_real_disk(tiny_disk, said, monkeypatch):
         saves.save(snapshot(step, 40_000), background=False)  # 1.4 MB each
     assert step_of(saves.newest()[0]) == 4 and names(saves) == ["step-00000003", "step-00000004"]
     assert len(said) == 2 and all("(No space left on device): removed step-" in sentence for sentence in said)
-    (folder / "other").write_bytes(bytes(2_000_000))
-    saves.save(snapshot(5, 40_000), background=False)
+    (folder / "other").write_bytes(bytes(1_000_000))
+    saves.save(snapshot(5, 60_000), background=False)
     assert "update 5 was not written (No space left on device)" in said[-1] and names(saves) == ["step-00000004"]
     (folder / "other").unlink()
     run.unlock()

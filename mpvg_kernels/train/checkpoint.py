@@ -55,7 +55,7 @@ class Snapshot:
     """Whatever else it takes to go on: dicts, lists, tuples, tensors, numbers, strings, bool and None alone. Its entry
     "logs" is written by `Checkpoints.save`."""
     logs: tuple[IO, ...] = ()
-    """The open log files of the run folder, which are cut back to what they hold now when training goes on from here."""
+    """The open log files of the run folder, cut back to what they hold now when training goes on from here."""
 
 
 @dataclasses.dataclass(frozen=True)
