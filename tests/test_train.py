@@ -6,12 +6,11 @@ import json
 import math
 
 import pytest
-import timm
 import torch
 
 import mpvg_kernels as mk
 from mpvg_kernels import demo
-from mpvg_kernels.train import InputError, checkpoint, config, loop, recipes
+from mpvg_kernels.train import InputError, config, loop, recipes
 from mpvg_kernels.train.data import Digits, affine_matrices, keyed_generator
 from mpvg_kernels.train.metrics import Window
 
@@ -319,43 +318,3 @@ def test_backend_that_does_not_run(monkeypatch, name):
     monkeypatch.setattr(mk.backends, "_requested", mk.backends.Choice(name, name))  # as MPVG_BACKEND does
     with pytest.raises(InputError, match=name):
         loop.Trainer(SMALL)
-
-
-# ---- saved weights
-
-
-@pytest.fixture
-def run(tmp_path):
-    return checkpoint.RunFolder.create(tmp_path / "run", {})
-
-
-def test_timm_reads_the_weights_back(run):
-    trainer = loop.Trainer(SMALL)
-    for x, y in list(trainer.data.train_batches(1))[:2]:
-        trainer.step(x, y)
-    run.save("best", trainer.model)
-    model = timm.create_model(f"local-dir:{run.path / 'best'}", pretrained=True).eval()
-    x, _ = next(trainer.data.test_batches())
-    assert torch.equal(model(x), trainer.model.eval()(x))
-    preprocessing = timm.data.resolve_model_data_config(model)
-    assert preprocessing["input_size"] == (1, 8, 8)
-    assert (tuple(preprocessing["mean"]), tuple(preprocessing["std"])) == (Digits.mean, Digits.std)
-
-
-def test_a_save_that_fails_leaves_the_weights_before_it(run, monkeypatch):
-    trainer = loop.Trainer(SMALL)
-    run.save("last", trainer.model)
-    before = {path.name: path.read_bytes() for path in (run.path / "last").iterdir()}
-    assert before.keys() == {"config.json", "model.safetensors"}
-
-    def full_disk(tensors, path, **_):
-        path.write_bytes(b"half")
-        raise OSError("no space left")
-
-    monkeypatch.setattr(checkpoint.safetensors.torch, "save_file", full_disk)
-    with pytest.raises(OSError):
-        run.save("last", trainer.model)
-    assert {path.name: path.read_bytes() for path in (run.path / "last").iterdir()} == before
-    monkeypatch.undo()
-    run.save("last", trainer.model)  # what the failure left does not stand in the way
-    assert sorted(path.name for path in run.path.iterdir()) == ["last", "run.json", "status.json"]

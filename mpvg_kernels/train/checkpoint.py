@@ -55,7 +55,7 @@ class Snapshot:
     """Whatever else it takes to go on: dicts, lists, tuples, tensors, numbers, strings, bool and None alone. Its entry
     "logs" is written by `Checkpoints.save`."""
     logs: tuple[IO, ...] = ()
-    """The open log files of the run folder, which are cut back to what they hold now when training goes on from here."""
+    """The open log files of the run folder, cut back to what they hold now when training goes on from here."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -349,7 +349,7 @@ def _complete(path: Path) -> dict[str, Any]:
         crc = complete.pop("crc32")
     except FileNotFoundError:
         raise _Damaged("it has no COMPLETE") from None
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise _Damaged(f"COMPLETE can't be read ({error})") from None
     if crc != _crc32(complete):
         raise _Damaged("COMPLETE is damaged")
