@@ -1,4 +1,4 @@
-"""The trainer's model: built for the data, started from weights of other runs, grids and classes, parts of it frozen."""
+"""The trainer's model: built for the data, started from weights of other grids and classes, parts of it frozen."""
 
 import dataclasses
 import logging

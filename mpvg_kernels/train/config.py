@@ -122,7 +122,7 @@ class Aug:
     auto_augment: str | None = None
     """Policy in timm's notation, for example rand-m9-mstd0.5-inc1."""
     repeats: int = 1
-    """Repeated augmentation: how often an image comes in an epoch, augmented anew each time; an epoch keeps its length."""
+    """Repeated augmentation: how often an image comes in an epoch, augmented anew each time; its length stays."""
     erase_prob: float = 0.0
     """Probability that a random rectangle is replaced by noise (random erasing)."""
     mixup: float = 0.0

@@ -8,8 +8,8 @@ measured. Accuracy (top-1 %, reported by the paper, not reproduced here), by --m
 pvg 77.14, mpvg 77.20.
 
 All but the model is deit_tiny_in1k's: CeiT's script is DeiT's with the same values. It trains on 4 GPUs with 256 images
-each, over which its batch norms take their statistics; here that is what a device takes at once, or the devices together
-with --dist.sync_bn. What the pooled schemes leave out of CeiT is ours, see docs/models.md.
+each, over which its batch norms take their statistics; here that is what a device takes at once, or all of them with
+--dist.sync_bn. What the pooled schemes leave out of CeiT is ours, see docs/models.md.
 """
 
 import dataclasses
