@@ -189,7 +189,7 @@ class Sched:
     scale_with_batch: bool = False
     """Let optim.lr_base_batch scale warmup_lr and min_lr too, as Swin does."""
     cooldown_epochs: int = 0
-    """Epochs at min_lr after the `epochs` of the curve."""
+    """Epochs after the `epochs` of the curve, at min_lr; a step or constant schedule goes on in them."""
     decay_epochs: float = 30
     """name=step: epochs between two steps."""
     decay_rate: float = 0.1
@@ -423,7 +423,7 @@ def ignored(config: Config) -> list[str]:
         (config.optim.ema_decay is None, "optim.ema_decay is None", ["optim.ema_warmup"]),
         (config.sched.name != "step", "sched.name is not step", ["sched.decay_epochs"]),
         (config.sched.name not in ("step", "poly"), "sched.name is neither step nor poly", ["sched.decay_rate"]),
-        (config.sched.name == "constant", "sched.name is constant", ["sched.min_lr"]),
+        (config.sched.name in ("step", "constant"), f"sched.name is {config.sched.name}", ["sched.min_lr"]),
         (not config.sched.warmup_epochs, "sched.warmup_epochs is 0", ["sched.warmup_lr", "sched.warmup_prefix"]),
         (
             config.loss.distillation == "none",
