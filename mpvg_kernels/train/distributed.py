@@ -263,33 +263,36 @@ def _like(value: Tensor, own: Any) -> Tensor:
     return value
 
 
-def optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, dict[str, Any]]:
-    """What the optimizer remembers of each parameter, by the parameter's name, every tensor in one piece."""
+def optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Any]:
+    """What the optimizer remembers: of each parameter, by its name and in one piece, and of each group.
+
+    (timm's LAMB, for one, counts its steps in the group.)
+    """
     names = {parameter: name for name, parameter in model.named_parameters()}
     return {
-        names[parameter]: {key: whole(value) for key, value in optimizer.state[parameter].items()}
-        for group in optimizer.param_groups
-        for parameter in group["params"]
-        if parameter in optimizer.state
+        "parameters": {
+            names[parameter]: {key: whole(value) for key, value in optimizer.state[parameter].items()}
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+            if parameter in optimizer.state
+        },
+        "groups": [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups],
     }
 
 
-def load_optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module, state: dict[str, dict[str, Any]]) -> None:
-    """Load what `optimizer_state` gave: by names, so that other groups and another number of processes are fine."""
+def load_optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module, state: dict[str, Any]) -> None:
+    """Load what `optimizer_state` gave into an optimizer of the same groups, with any number of processes."""
+    on_device = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
     for name, parameter in model.named_parameters():
-        if name in state:
+        if name in state["parameters"]:
             optimizer.state[parameter] = {
-                # A step counter stays where the optimizer put it; all else is on the parameter's device.
                 key: _like(value.to(parameter.device, copy=True), parameter)
                 if isinstance(value, Tensor) and value.shape == parameter.shape
-                else value.to(parameter.device, copy=True)
-                if isinstance(value, Tensor) and (value.ndim or _steps_on_device(optimizer))
-                else value.clone()
+                # A counter of steps stays on the CPU, unless a kernel on the device reads it.
+                else value.to(parameter.device if value.ndim or on_device else "cpu", copy=True)
                 if isinstance(value, Tensor)
                 else value
-                for key, value in state[name].items()
+                for key, value in state["parameters"][name].items()
             }
-
-
-def _steps_on_device(optimizer: torch.optim.Optimizer) -> bool:
-    return any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
+    for group, saved in zip(optimizer.param_groups, state["groups"], strict=True):
+        group.update(saved)
