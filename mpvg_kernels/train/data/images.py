@@ -1,6 +1,8 @@
 """Images that are read by index: decoding, what replaces an unreadable one, and the processes that load them."""
 
 import atexit
+import itertools
+import multiprocessing
 import signal
 import threading
 import warnings
@@ -11,7 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
-from timm.data import create_transform
+from timm.data import auto_augment, create_transform
+from timm.data.readers.reader import Reader
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision import transforms
@@ -88,7 +91,7 @@ class Source:
 
     def name(self, index: int) -> str:
         """The image's file, or its index where it has none."""
-        if hasattr(self.items, "filename"):
+        if isinstance(self.items, Reader):
             return self.items.filename(index, absolute=True) or f"index {index}"
         return str(self.items.samples[index][0]) if hasattr(self.items, "samples") else f"index {index}"
 
@@ -156,14 +159,14 @@ class KeyLists:
         return iter(self.lists)
 
 
-_loaders: weakref.WeakSet["Loader"] = weakref.WeakSet()
+_workers: weakref.WeakSet[multiprocessing.process.BaseProcess] = weakref.WeakSet()
 
 
 @atexit.register
-def _close_loaders() -> None:
+def _kill_workers() -> None:
     # Before multiprocessing waits for its processes: workers ignore the SIGTERM that it sends them.
-    for loader in list(_loaders):
-        loader.close()
+    for worker in list(_workers):
+        worker.kill()
 
 
 class Loader:
@@ -191,7 +194,6 @@ class Loader:
             generator=generator or torch.Generator(),  # without one it draws from the global stream
             **batching,
         )
-        _loaders.add(self)
 
     def batches(self) -> Iterator[tuple]:
         """One pass; it ends the iterator of the pass before."""
@@ -223,13 +225,14 @@ class Loader:
         return ""
 
     def _start(self) -> Iterator[tuple]:
-        if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGCHLD"):
-            return iter(self.loader)
         # torch sets a handler of SIGCHLD that raises in whatever line the main thread is at. Without it a dead worker
         # is found out when its batch is due, within five seconds.
-        handler = signal.getsignal(signal.SIGCHLD)
+        main = threading.current_thread() is threading.main_thread() and hasattr(signal, "SIGCHLD")
+        handler = signal.getsignal(signal.SIGCHLD) if main else None
         iterator = iter(self.loader)
-        signal.signal(signal.SIGCHLD, handler)
+        if main:
+            signal.signal(signal.SIGCHLD, handler)
+        _workers.update(getattr(iterator, "_workers", ()))
         return iterator
 
     def close(self) -> None:
@@ -241,6 +244,11 @@ class Loader:
             for worker in iterator._workers:
                 if worker.is_alive():  # stuck in reading, and it ignores SIGTERM
                     worker.kill()
+
+
+def posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
+    """timm's posterize, which asks Pillow for 0 bits at times: that gave black, and is an error from Pillow 12 on."""
+    return auto_augment.posterize(image, bits) if bits else Image.new(image.mode, image.size)
 
 
 def create_transforms(config: Config, prepared: dict[str, Any]) -> tuple[Any, Any]:
@@ -266,6 +274,10 @@ def create_transforms(config: Config, prepared: dict[str, Any]) -> tuple[Any, An
     except (AssertionError, ValueError, KeyError) as error:
         policy = f"{aug.auto_augment!r}, expected a policy of timm's such as rand-m9-mstd0.5-inc1"
         raise InputError(f"config field aug.auto_augment is {policy} ({type(error).__name__}: {error})") from None
+    for step in second.transforms:
+        for op in getattr(step, "ops", None) or itertools.chain(*getattr(step, "policy", ())):
+            if op.aug_fn is auto_augment.posterize:
+                op.aug_fn = posterize
     if aug.crop == "padded":
         size, kinds = list(prepared["input_size"][1:]), [aug.interpolation]
         if aug.interpolation == "random":

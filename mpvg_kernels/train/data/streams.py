@@ -84,8 +84,8 @@ class StreamData(Data):
         train_size, test_size = (getattr(split.reader, "num_samples", 0) for split in (splits.train, splits.test))
         if not train_size:
             raise InputError(
-                f"config field data.train_split is {config.data.train_split!r}, expected a split that says how many images it "
-                "has, for example by |NUMBER behind the shards of wds"
+                f"config field data.train_split is {config.data.train_split!r}, expected a split that says how many "
+                "images it has, for example by |NUMBER behind the shards of wds"
             )
         super().__init__(config, device, world, train_size, test_size)
         self.format = torch.channels_last if config.model.channels_last else torch.contiguous_format
