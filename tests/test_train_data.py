@@ -411,6 +411,7 @@ def saved(tmp_path, image: Image.Image, name: str, **options):
 def decoded(path, mode="RGB") -> np.ndarray:
     with warnings.catch_warnings(), open(path, "rb") as file:
         warnings.simplefilter("error")
+        images.silence()
         return np.asarray(images.decode(file, mode))
 
 

@@ -23,7 +23,7 @@ from .. import InputError, TrainingError
 from ..config import Config
 from ..distributed import World
 from .base import Batch, Data
-from .order import held_out, key_seed, keyed_streams
+from .order import held_out, key_seed, seed_cpu, streams_put_back
 from .sources import open_splits, preprocessing
 
 # Images that are tried in place of an unreadable one, before the data set is taken to be unreadable as a whole.
@@ -43,11 +43,9 @@ def decode(file: Any, mode: str) -> Image.Image:
     Raises:
         Exception: PIL has many kinds for a file that is broken.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        image = Image.open(file)
-        image.load()
-        return convert(image, mode)
+    image = Image.open(file)
+    image.load()
+    return convert(image, mode)
 
 
 def convert(image: Image.Image, mode: str) -> Image.Image:
@@ -124,8 +122,8 @@ class KeyedImages(Dataset):
             if attempt:
                 index = key_seed(self.seed, "replacement", epoch, position, attempt) % len(self.train)
             if found := self._read(self.train, index, epoch, position, bad):
-                with keyed_streams(self.seed, "augment", epoch, position):
-                    return self.transform(found[0]), found[1], 1.0, bad
+                seed_cpu(self.seed, "augment", epoch, position)
+                return self.transform(found[0]), found[1], 1.0, bad
         return nothing
 
     def _read(self, source: Source, index: int, epoch: int | None, position: int, bad: list) -> tuple | None:
@@ -142,8 +140,14 @@ def collate(samples: list[Sample]) -> tuple[Tensor, Tensor, Tensor, list[dict[st
     return default_collate(list(x)), torch.tensor(y), torch.tensor(weight), [one for each in bad for one in each]
 
 
-def ignore_signals(_: int) -> None:
+def silence() -> None:
+    """No warnings by Pillow: an image is readable or not."""
+    warnings.filterwarnings("ignore", module=r"PIL\.")
+
+
+def begin_worker(_: int) -> None:
     """For a worker process: what a scheduler or Ctrl-C sends to all processes is the training process's to answer."""
+    silence()
     for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
@@ -189,7 +193,7 @@ class Loader:
             num_workers=workers,
             collate_fn=collate,
             pin_memory=pin,
-            worker_init_fn=ignore_signals,
+            worker_init_fn=begin_worker,
             persistent_workers=workers > 0,
             generator=generator or torch.Generator(),  # without one it draws from the global stream
             **batching,
@@ -200,7 +204,8 @@ class Loader:
         self.turn += 1
         turn = self.turn
         try:
-            for batch in self._start():
+            iterator = self._start()
+            while (batch := self._next(iterator)) is not None:
                 yield batch
                 if turn != self.turn:
                     raise RuntimeError("these batches were given up when others were asked for")
@@ -215,6 +220,13 @@ class Loader:
                 f"a process that loads images was killed ({ended}), most often because memory ran out: lower "
                 "data.workers, or give the run more memory"
             ) from error
+
+    def _next(self, iterator: Iterator[tuple]) -> tuple | None:
+        if self.loader.num_workers:
+            return next(iterator, None)
+        with streams_put_back(), warnings.catch_warnings():  # what is a worker's own must not stay in this process
+            silence()
+            return next(iterator, None)
 
     def _ended(self) -> str:
         """How a worker process ended that should not have, for example SIGKILL."""

@@ -17,7 +17,7 @@ from ..config import Config
 from ..distributed import World
 from .base import Batch, Data
 from .images import Loader, Sample, convert, create_transforms
-from .order import accumulation, keyed_generator, keyed_streams
+from .order import accumulation, keyed_generator, seed_cpu
 from .sources import open_splits, preprocessing
 
 
@@ -38,8 +38,8 @@ class StreamImages(IterableDataset):
         key = self.seed, "augment", self.epoch, self.world.rank, worker.id if worker else 0
         for count, (image, label) in enumerate(self.source):
             image = convert(image, self.mode)
-            with keyed_streams(*key, count):
-                yield self.transform(image), int(label), 1.0, []
+            seed_cpu(*key, count)
+            yield self.transform(image), int(label), 1.0, []
 
 
 class HeldOutStream(IterableDataset):
