@@ -114,17 +114,17 @@ class KeyedImages(Dataset):
     def __getitem__(self, key: Key) -> Sample:
         epoch, position, index = key
         bad: list[dict[str, Any]] = []
-        nothing = torch.zeros(self.input_size), 0, 0.0, bad
         if epoch is None:
-            found = self._read(self.test, index, epoch, position, bad) if index >= 0 else None
-            return (self.test_transform(found[0]), found[1], 1.0, bad) if found else nothing
+            if index >= 0 and (found := self._read(self.test, index, epoch, position, bad)):
+                return self.test_transform(found[0]), found[1], 1.0, bad
+            return torch.zeros(self.input_size), 0, 0.0, bad
         for attempt in range(TRIES):
             if attempt:
                 index = key_seed(self.seed, "replacement", epoch, position, attempt) % len(self.train)
             if found := self._read(self.train, index, epoch, position, bad):
                 seed_cpu(self.seed, "augment", epoch, position)
                 return self.transform(found[0]), found[1], 1.0, bad
-        return nothing
+        return torch.zeros(self.input_size), 0, 0.0, bad
 
     def _read(self, source: Source, index: int, epoch: int | None, position: int, bad: list) -> tuple | None:
         try:
