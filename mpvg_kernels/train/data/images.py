@@ -1,6 +1,8 @@
 """Images that are read by index: decoding, what replaces an unreadable one, and the processes that load them."""
 
 import atexit
+import itertools
+import multiprocessing
 import signal
 import threading
 import warnings
@@ -11,7 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
-from timm.data import create_transform
+from timm.data import auto_augment, create_transform
+from timm.data.readers.reader import Reader
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision import transforms
@@ -20,7 +23,7 @@ from .. import InputError, TrainingError
 from ..config import Config
 from ..distributed import World
 from .base import Batch, Data
-from .order import held_out, key_seed, keyed_streams
+from .order import held_out, key_seed, seed_cpu, streams_put_back
 from .sources import open_splits, preprocessing
 
 # Images that are tried in place of an unreadable one, before the data set is taken to be unreadable as a whole.
@@ -40,11 +43,9 @@ def decode(file: Any, mode: str) -> Image.Image:
     Raises:
         Exception: PIL has many kinds for a file that is broken.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        image = Image.open(file)
-        image.load()
-        return convert(image, mode)
+    image = Image.open(file)
+    image.load()
+    return convert(image, mode)
 
 
 def convert(image: Image.Image, mode: str) -> Image.Image:
@@ -88,7 +89,7 @@ class Source:
 
     def name(self, index: int) -> str:
         """The image's file, or its index where it has none."""
-        if hasattr(self.items, "filename"):
+        if isinstance(self.items, Reader):
             return self.items.filename(index, absolute=True) or f"index {index}"
         return str(self.items.samples[index][0]) if hasattr(self.items, "samples") else f"index {index}"
 
@@ -113,17 +114,17 @@ class KeyedImages(Dataset):
     def __getitem__(self, key: Key) -> Sample:
         epoch, position, index = key
         bad: list[dict[str, Any]] = []
-        nothing = torch.zeros(self.input_size), 0, 0.0, bad
         if epoch is None:
-            found = self._read(self.test, index, epoch, position, bad) if index >= 0 else None
-            return (self.test_transform(found[0]), found[1], 1.0, bad) if found else nothing
+            if index >= 0 and (found := self._read(self.test, index, epoch, position, bad)):
+                return self.test_transform(found[0]), found[1], 1.0, bad
+            return torch.zeros(self.input_size), 0, 0.0, bad
         for attempt in range(TRIES):
             if attempt:
                 index = key_seed(self.seed, "replacement", epoch, position, attempt) % len(self.train)
             if found := self._read(self.train, index, epoch, position, bad):
-                with keyed_streams(self.seed, "augment", epoch, position):
-                    return self.transform(found[0]), found[1], 1.0, bad
-        return nothing
+                seed_cpu(self.seed, "augment", epoch, position)
+                return self.transform(found[0]), found[1], 1.0, bad
+        return torch.zeros(self.input_size), 0, 0.0, bad
 
     def _read(self, source: Source, index: int, epoch: int | None, position: int, bad: list) -> tuple | None:
         try:
@@ -139,8 +140,14 @@ def collate(samples: list[Sample]) -> tuple[Tensor, Tensor, Tensor, list[dict[st
     return default_collate(list(x)), torch.tensor(y), torch.tensor(weight), [one for each in bad for one in each]
 
 
-def ignore_signals(_: int) -> None:
+def silence() -> None:
+    """No warnings by Pillow: an image is readable or not."""
+    warnings.filterwarnings("ignore", module=r"PIL\.")
+
+
+def begin_worker(_: int) -> None:
     """For a worker process: what a scheduler or Ctrl-C sends to all processes is the training process's to answer."""
+    silence()
     for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
@@ -156,14 +163,14 @@ class KeyLists:
         return iter(self.lists)
 
 
-_loaders: weakref.WeakSet["Loader"] = weakref.WeakSet()
+_workers: weakref.WeakSet[multiprocessing.process.BaseProcess] = weakref.WeakSet()
 
 
 @atexit.register
-def _close_loaders() -> None:
+def _kill_workers() -> None:
     # Before multiprocessing waits for its processes: workers ignore the SIGTERM that it sends them.
-    for loader in list(_loaders):
-        loader.close()
+    for worker in list(_workers):
+        worker.kill()
 
 
 class Loader:
@@ -186,19 +193,19 @@ class Loader:
             num_workers=workers,
             collate_fn=collate,
             pin_memory=pin,
-            worker_init_fn=ignore_signals,
+            worker_init_fn=begin_worker,
             persistent_workers=workers > 0,
             generator=generator or torch.Generator(),  # without one it draws from the global stream
             **batching,
         )
-        _loaders.add(self)
 
     def batches(self) -> Iterator[tuple]:
         """One pass; it ends the iterator of the pass before."""
         self.turn += 1
         turn = self.turn
         try:
-            for batch in self._start():
+            iterator = self._start()
+            while (batch := self._next(iterator)) is not None:
                 yield batch
                 if turn != self.turn:
                     raise RuntimeError("these batches were given up when others were asked for")
@@ -214,6 +221,13 @@ class Loader:
                 "data.workers, or give the run more memory"
             ) from error
 
+    def _next(self, iterator: Iterator[tuple]) -> tuple | None:
+        if self.loader.num_workers:
+            return next(iterator, None)
+        with streams_put_back(), warnings.catch_warnings():  # what is a worker's own must not stay in this process
+            silence()
+            return next(iterator, None)
+
     def _ended(self) -> str:
         """How a worker process ended that should not have, for example SIGKILL."""
         for worker in getattr(self.loader._iterator, "_workers", ()):
@@ -223,13 +237,14 @@ class Loader:
         return ""
 
     def _start(self) -> Iterator[tuple]:
-        if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGCHLD"):
-            return iter(self.loader)
         # torch sets a handler of SIGCHLD that raises in whatever line the main thread is at. Without it a dead worker
         # is found out when its batch is due, within five seconds.
-        handler = signal.getsignal(signal.SIGCHLD)
+        main = threading.current_thread() is threading.main_thread() and hasattr(signal, "SIGCHLD")
+        handler = signal.getsignal(signal.SIGCHLD) if main else None
         iterator = iter(self.loader)
-        signal.signal(signal.SIGCHLD, handler)
+        if main:
+            signal.signal(signal.SIGCHLD, handler)
+        _workers.update(getattr(iterator, "_workers", ()))
         return iterator
 
     def close(self) -> None:
@@ -241,6 +256,11 @@ class Loader:
             for worker in iterator._workers:
                 if worker.is_alive():  # stuck in reading, and it ignores SIGTERM
                     worker.kill()
+
+
+def posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
+    """timm's posterize, which asks Pillow for 0 bits at times: that gave black, and is an error from Pillow 12 on."""
+    return auto_augment.posterize(image, bits) if bits else Image.new(image.mode, image.size)
 
 
 def create_transforms(config: Config, prepared: dict[str, Any]) -> tuple[Any, Any]:
@@ -266,6 +286,10 @@ def create_transforms(config: Config, prepared: dict[str, Any]) -> tuple[Any, An
     except (AssertionError, ValueError, KeyError) as error:
         policy = f"{aug.auto_augment!r}, expected a policy of timm's such as rand-m9-mstd0.5-inc1"
         raise InputError(f"config field aug.auto_augment is {policy} ({type(error).__name__}: {error})") from None
+    for step in second.transforms:
+        for op in getattr(step, "ops", None) or itertools.chain(*getattr(step, "policy", ())):
+            if op.aug_fn is auto_augment.posterize:
+                op.aug_fn = posterize
     if aug.crop == "padded":
         size, kinds = list(prepared["input_size"][1:]), [aug.interpolation]
         if aug.interpolation == "random":

@@ -29,25 +29,26 @@ def keyed_generator(*key: int | str) -> torch.Generator:
     return torch.Generator().manual_seed(key_seed(*key))
 
 
-def seed_everything(*key: int | str) -> None:
-    """Set the global streams of Python, numpy (its legacy one), torch and, where it is in use, CUDA."""
+def seed_cpu(*key: int | str) -> None:
+    """Set the global streams of Python, numpy (its legacy one, of which timm draws) and torch on the CPU."""
     seed = key_seed(*key)
     random.seed(seed)
-    np.random.seed([seed & 0xFFFFFFFF, seed >> 32])
+    np.random.seed(seed & 0xFFFFFFFF)
     # Not torch.manual_seed: where CUDA is not in use that appends to a list at every call.
     torch.default_generator.manual_seed(seed)
+
+
+def seed_everything(*key: int | str) -> None:
+    """Set the global streams of Python, numpy, torch and, where it is in use, CUDA."""
+    seed_cpu(*key)
     if torch.cuda.is_initialized():
-        torch.cuda.manual_seed_all(seed)
+        torch.cuda.manual_seed_all(key_seed(*key))
 
 
 @contextlib.contextmanager
-def keyed_streams(*key: int | str):
-    """The CPU's global streams set from the key inside, and put back behind it."""
+def streams_put_back():
+    """Behind it the CPU's global streams are as they were before."""
     state = random.getstate(), np.random.get_state(), torch.default_generator.get_state()
-    seed = key_seed(*key)
-    random.seed(seed)
-    np.random.seed([seed & 0xFFFFFFFF, seed >> 32])
-    torch.default_generator.manual_seed(seed)
     try:
         yield
     finally:

@@ -17,7 +17,7 @@ from ..config import Config
 from ..distributed import World
 from .base import Batch, Data
 from .images import Loader, Sample, convert, create_transforms
-from .order import accumulation, keyed_generator, keyed_streams
+from .order import accumulation, keyed_generator, seed_cpu
 from .sources import open_splits, preprocessing
 
 
@@ -38,8 +38,8 @@ class StreamImages(IterableDataset):
         key = self.seed, "augment", self.epoch, self.world.rank, worker.id if worker else 0
         for count, (image, label) in enumerate(self.source):
             image = convert(image, self.mode)
-            with keyed_streams(*key, count):
-                yield self.transform(image), int(label), 1.0, []
+            seed_cpu(*key, count)
+            yield self.transform(image), int(label), 1.0, []
 
 
 class HeldOutStream(IterableDataset):
@@ -84,8 +84,8 @@ class StreamData(Data):
         train_size, test_size = (getattr(split.reader, "num_samples", 0) for split in (splits.train, splits.test))
         if not train_size:
             raise InputError(
-                f"config field data.train_split is {config.data.train_split!r}, expected a split that says how many images it "
-                "has, for example by |NUMBER behind the shards of wds"
+                f"config field data.train_split is {config.data.train_split!r}, expected a split that says how many "
+                "images it has, for example by |NUMBER behind the shards of wds"
             )
         super().__init__(config, device, world, train_size, test_size)
         self.format = torch.channels_last if config.model.channels_last else torch.contiguous_format
