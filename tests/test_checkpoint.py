@@ -10,6 +10,7 @@ import re
 import shutil
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import time
@@ -391,7 +392,11 @@ def test_open(saves, tmp_path, said):
     flip(saves.folder / "step-00000300" / "model.safetensors", -1, 0)
     with pytest.raises(InputError, match="step-00000300 is not a whole checkpoint: model.safetensors has CRC-32"):
         saves.open(saves.folder / "step-00000300")
-    assert said == [] and step_of(saves.open(saves.run.path)) == 200 and "step-00000300 is not whole" in said[0]
+    assert said == []
+    os.rename(saves.folder / "step-00000300", saves.folder / ".step-00000300.tmp")  # another process is writing it
+    assert step_of(saves.open(saves.run.path)) == 200 and said == []
+    os.rename(saves.folder / ".step-00000300.tmp", saves.folder / "step-00000300")
+    assert step_of(saves.open(saves.run.path)) == 200 and "step-00000300 is not whole" in said[0]
     with pytest.raises(InputError, match="none is not a folder; expected"):
         saves.open(tmp_path / "none")
     with pytest.raises(InputError, match="is not a whole checkpoint: it has no COMPLETE"):
@@ -488,6 +493,20 @@ def test_what_is_no_error_of_the_disk_is_said_too(saves, said, monkeypatch):
     saves.save(snapshot(1))
     saves.wait()
     assert "update 1 was not written (ZeroDivisionError: division by zero)" in said[0] and names(saves) == []
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.EIO])
+def test_file_systems_that_do_not_sync_folders(saves, said, monkeypatch, number):
+    plain = os.fsync
+
+    def fsync(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(number, os.strerror(number))
+        plain(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    saves.save(snapshot(1), background=False)
+    assert (saves.newest() is None) == (number == errno.EIO) == bool(said)
 
 
 @pytest.fixture

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from .. import __version__
 from ..models.weights import read_checkpoint
 from . import InputError
-from .run_folder import WEIGHTS, RunFolder, disk_error, machine, sync, write_json
+from .run_folder import WEIGHTS, RunFolder, disk_error, machine, reason, sync, write_json
 
 __all__ = ["WEIGHTS", "Checkpoints", "Restored", "RunFolder", "Snapshot", "machine", "write_json"]
 
@@ -177,7 +177,7 @@ class Checkpoints:
                     raise
                 removed = ", ".join(self._prune(1, snapshot.step)) or "nothing, as there is no older checkpoint"
                 self.warn(
-                    f"no room for the checkpoint of update {snapshot.step} ({found.strerror}): removed {removed}; "
+                    f"no room for the checkpoint of update {snapshot.step} ({reason(found)}): removed {removed}; "
                     "trying once more"
                 )
                 self._write_whole(snapshot, logs)
@@ -221,11 +221,9 @@ class Checkpoints:
         self._damaged.discard(path)
 
     def _warn_not_written(self, step: int, error: Exception) -> None:
-        found = disk_error(error)
-        reason = found.strerror if found else f"{type(error).__name__}: {error}"
         self.warn(
-            f"the checkpoint of update {step} was not written ({reason}): training goes on, and the next save tries "
-            "again"
+            f"the checkpoint of update {step} was not written ({reason(error)}): training goes on, and the next save "
+            "tries again"
         )
 
     def _prune(self, keep: int, step: int) -> list[str]:
@@ -258,6 +256,12 @@ class Checkpoints:
         Raises:
             InputError: it was written by a newer version.
         """
+        for tmp in self.folder.glob(".step-*.tmp"):
+            # Whole, but for its name: the process was killed in between. The others are cleared when writing starts.
+            place = self.folder / tmp.name.removeprefix(".").removesuffix(".tmp")
+            if (tmp / "COMPLETE").exists() and not place.exists():
+                with contextlib.suppress(OSError):
+                    os.rename(tmp, place)
         found, passed_over = _newest(self.folder)
         self._damaged = set(passed_over)
         if found is None:
@@ -384,12 +388,6 @@ def _read(path: Path) -> Restored:
 
 def _newest(folder: Path) -> tuple[Restored | None, dict[Path, str]]:
     """The newest whole checkpoint, and by path why newer ones are not."""
-    for tmp in folder.glob(".step-*.tmp"):
-        # Whole, but for its name: the process was killed in between.
-        place = folder / tmp.name.removeprefix(".").removesuffix(".tmp")
-        if (tmp / "COMPLETE").exists() and not place.exists():
-            with contextlib.suppress(OSError):
-                os.rename(tmp, place)
     passed_over: dict[Path, str] = {}
     for path in _checkpoints(folder):
         try:
