@@ -22,7 +22,6 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-import numpy as np
 import safetensors.torch
 import torch
 from torch import Tensor, nn
@@ -467,20 +466,20 @@ class _Buffers:
 
 
 def _allocate(layout: list[tuple[torch.Size, torch.dtype]], pinned: bool) -> list[Tensor]:
-    """Tensors in few large blocks of memory: huge pages where the system has them, and no rounding of each tensor."""
+    """Tensors in few large blocks of memory, as pinned memory is rounded up to powers of two.
+
+    Not numpy's memory: it asks for huge pages, and the system may take seconds to find them.
+    """
     sizes = [-(-shape.numel() * dtype.itemsize // 64) * 64 for shape, dtype in layout]
     left, tensors = sum(sizes), []
-    block, offset = np.empty(0, np.uint8), 0
+    block, offset = torch.empty(0, dtype=torch.uint8), 0
     for (shape, dtype), size in zip(layout, sizes, strict=True):
         if offset + size > len(block):
             length, offset = max(size, min(BLOCK, left)), 0
-            if pinned:
-                block = torch.empty(length, dtype=torch.uint8, pin_memory=True).numpy()
-            else:
-                block = np.empty(length, np.uint8)
+            block = torch.empty(length, dtype=torch.uint8, pin_memory=pinned)
         # Unlike a view, a tensor from a buffer is all of its storage: torch.save writes storages whole.
         if size:
-            flat = torch.frombuffer(block, dtype=dtype, count=shape.numel(), offset=offset)
+            flat = torch.frombuffer(block.numpy(), dtype=dtype, count=shape.numel(), offset=offset)
         else:
             flat = torch.empty(0, dtype=dtype)
         tensors.append(flat.view(shape))
