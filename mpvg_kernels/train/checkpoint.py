@@ -22,7 +22,6 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-import numpy as np
 import safetensors.torch
 import torch
 from torch import Tensor, nn
@@ -30,7 +29,7 @@ from torch import Tensor, nn
 from .. import __version__
 from ..models.weights import read_checkpoint
 from . import InputError
-from .run_folder import WEIGHTS, RunFolder, disk_error, machine, sync, write_json
+from .run_folder import WEIGHTS, RunFolder, disk_error, machine, reason, sync, write_json
 
 __all__ = ["WEIGHTS", "Checkpoints", "Restored", "RunFolder", "Snapshot", "machine", "write_json"]
 
@@ -177,7 +176,7 @@ class Checkpoints:
                     raise
                 removed = ", ".join(self._prune(1, snapshot.step)) or "nothing, as there is no older checkpoint"
                 self.warn(
-                    f"no room for the checkpoint of update {snapshot.step} ({found.strerror}): removed {removed}; "
+                    f"no room for the checkpoint of update {snapshot.step} ({reason(found)}): removed {removed}; "
                     "trying once more"
                 )
                 self._write_whole(snapshot, logs)
@@ -221,11 +220,9 @@ class Checkpoints:
         self._damaged.discard(path)
 
     def _warn_not_written(self, step: int, error: Exception) -> None:
-        found = disk_error(error)
-        reason = found.strerror if found else f"{type(error).__name__}: {error}"
         self.warn(
-            f"the checkpoint of update {step} was not written ({reason}): training goes on, and the next save tries "
-            "again"
+            f"the checkpoint of update {step} was not written ({reason(error)}): training goes on, and the next save "
+            "tries again"
         )
 
     def _prune(self, keep: int, step: int) -> list[str]:
@@ -258,6 +255,12 @@ class Checkpoints:
         Raises:
             InputError: it was written by a newer version.
         """
+        for tmp in self.folder.glob(".step-*.tmp"):
+            # Whole, but for its name: the process was killed in between. The others are cleared when writing starts.
+            place = self.folder / tmp.name.removeprefix(".").removesuffix(".tmp")
+            if (tmp / "COMPLETE").exists() and not place.exists():
+                with contextlib.suppress(OSError):
+                    os.rename(tmp, place)
         found, passed_over = _newest(self.folder)
         self._damaged = set(passed_over)
         if found is None:
@@ -384,12 +387,6 @@ def _read(path: Path) -> Restored:
 
 def _newest(folder: Path) -> tuple[Restored | None, dict[Path, str]]:
     """The newest whole checkpoint, and by path why newer ones are not."""
-    for tmp in folder.glob(".step-*.tmp"):
-        # Whole, but for its name: the process was killed in between.
-        place = folder / tmp.name.removeprefix(".").removesuffix(".tmp")
-        if (tmp / "COMPLETE").exists() and not place.exists():
-            with contextlib.suppress(OSError):
-                os.rename(tmp, place)
     passed_over: dict[Path, str] = {}
     for path in _checkpoints(folder):
         try:
@@ -469,20 +466,20 @@ class _Buffers:
 
 
 def _allocate(layout: list[tuple[torch.Size, torch.dtype]], pinned: bool) -> list[Tensor]:
-    """Tensors in few large blocks of memory: huge pages where the system has them, and no rounding of each tensor."""
+    """Tensors in few large blocks of memory, as pinned memory is rounded up to powers of two.
+
+    Not numpy's memory: it asks for huge pages, and the system may take seconds to find them.
+    """
     sizes = [-(-shape.numel() * dtype.itemsize // 64) * 64 for shape, dtype in layout]
     left, tensors = sum(sizes), []
-    block, offset = np.empty(0, np.uint8), 0
+    block, offset = torch.empty(0, dtype=torch.uint8), 0
     for (shape, dtype), size in zip(layout, sizes, strict=True):
         if offset + size > len(block):
             length, offset = max(size, min(BLOCK, left)), 0
-            if pinned:
-                block = torch.empty(length, dtype=torch.uint8, pin_memory=True).numpy()
-            else:
-                block = np.empty(length, np.uint8)
+            block = torch.empty(length, dtype=torch.uint8, pin_memory=pinned)
         # Unlike a view, a tensor from a buffer is all of its storage: torch.save writes storages whole.
         if size:
-            flat = torch.frombuffer(block, dtype=dtype, count=shape.numel(), offset=offset)
+            flat = torch.frombuffer(block.numpy(), dtype=dtype, count=shape.numel(), offset=offset)
         else:
             flat = torch.empty(0, dtype=dtype)
         tensors.append(flat.view(shape))

@@ -12,6 +12,7 @@ Every file is written beside its place and renamed into it, so that a reader nev
 """
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -40,15 +41,21 @@ except ImportError:  # Windows
     fcntl = None
 
 WEIGHTS = ("best", "last", "ema")
+NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF, errno.EACCES)
 
 
 def sync(path: Path) -> None:
-    """Have the kernel write a file, or a folder's list of names, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """Have a file, or the names in a folder, written to the disk; some file systems know that of files alone."""
+    is_folder = path.is_dir()
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        descriptor = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if not is_folder or error.errno not in NO_FOLDER_SYNC:
+            raise
 
 
 def _replace(tmp: Path, path: Path) -> None:
@@ -72,6 +79,12 @@ def disk_error(error: BaseException | None) -> OSError | None:
             return OSError(int(found[1]), os.strerror(int(found[1])))
         error = error.__cause__ or error.__context__
     return None
+
+
+def reason(error: BaseException) -> str:
+    """What went wrong in a few words: the system's own for an error of the disk."""
+    found = disk_error(error)
+    return f"{type(error).__name__}: {error}" if found is None else found.strerror or str(found)
 
 
 def print_warning(message: str) -> None:
@@ -163,7 +176,7 @@ class RunFolder:
         try:
             write_json(self.path / "status.json", status)
         except OSError as error:
-            self.warn(f"{self.path / 'status.json'} could not be written ({error.strerror}); training goes on")
+            self.warn(f"{self.path / 'status.json'} could not be written ({reason(error)}); training goes on")
             return False
         return True
 
@@ -212,8 +225,9 @@ class RunFolder:
                 _replace(file, folder / file.name)
             sync(folder)
         except (OSError, safetensors.SafetensorError) as error:
-            reason = (disk_error(error) or error).args[-1]
-            self.warn(f"the {name} weights could not be written to {folder} ({reason}); training goes on without")
+            self.warn(
+                f"the {name} weights could not be written to {folder} ({reason(error)}); training goes on without"
+            )
             return False
         finally:
             shutil.rmtree(tmp, ignore_errors=True)
