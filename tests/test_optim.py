@@ -181,7 +181,7 @@ def curve(sched: Sched, epoch: float, epochs: int, peak: float) -> float:
 @pytest.mark.parametrize("name", ["cosine", "poly", "step", "constant"])
 def test_schedule_is_a_function_of_the_update(name, per, prefix):
     sched = Sched(name=name, per=per, warmup_epochs=2, warmup_prefix=prefix, min_lr=1e-5, cooldown_epochs=2)
-    sched = dataclasses.replace(sched, decay_epochs=3, decay_rate=0.5)
+    sched = dataclasses.replace(sched, decay_epochs=3, decay_rate=0.3)
     found = dataclasses.replace(small("timm", layer_decay=0.5), epochs=9, sched=sched)
     model = build(found)
     optimizer = create_optimizer(found, model)

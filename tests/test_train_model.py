@@ -138,6 +138,19 @@ def test_weights_of_another_grid_are_resampled(tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", [TINY, TIMM], ids=["mpvg", "timm"])
+def test_weights_of_the_models_default_size(tmp_path, kind):
+    # 14x14 patches in a file that notes no size, for a model of 7x28
+    kind = dataclasses.replace(kind, patch_size=16)
+    source = build(kind, data((224, 224)))
+    torch.save(source.state_dict(), tmp_path / "w.pth")
+    found = build(kind, data((112, 448)), weights=str(tmp_path / "w.pth"))
+    expected = timm.layers.resample_abs_pos_embed(
+        source.pos_embed, new_size=(7, 28), old_size=(14, 14), num_prefix_tokens=source.num_prefix_tokens
+    )
+    torch.testing.assert_close(found.pos_embed, expected)
+
+
+@pytest.mark.parametrize("kind", [TINY, TIMM], ids=["mpvg", "timm"])
 def test_weights_of_another_model(tmp_path, kind):
     folder = save(build(kind, depth=3), tmp_path / "deep")
     message = fails(kind, weights=folder)
