@@ -239,8 +239,8 @@ def test_import_brings_none_of_the_extras():
     [
         ("", "required: COMMAND"),
         ("trian", "invalid choice: 'trian'"),
-        ("train", "mpvg train needs --recipe NAME: there is digits"),
-        ("train --recipe digit", "unknown recipe 'digit': there is digits; did you mean 'digits'"),
+        ("train", "mpvg train needs --recipe NAME: there is ceit_tiny_in1k, deit_base_in1k"),
+        ("train --recipe digit", "vit_lite_7_4_cifar100; did you mean 'digits'"),
         ("train --recipe digits --optim.lrr 1", "unknown config field 'optim.lrr'; did you mean 'optim.lr'"),
         ("train --recipe digits --epochs many", "--epochs"),
         ("train --recipe digits --model.scheme nonsense", "nonsense"),

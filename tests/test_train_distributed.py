@@ -17,7 +17,8 @@ from mpvg_kernels.train.distributed import World, find_world, first_host
 pytestmark = pytest.mark.xdist_group(__name__)
 
 ARGS = """train --recipe digits --device cpu --model.patch_size 4 --model.embed_dim 32 --model.depth 2
---model.num_heads 2 --batch 96 --epochs 2 --sched.warmup_epochs 1 --log.tensorboard False --resume auto --optim.ema_decay 0.9""".split()
+--model.num_heads 2 --batch 96 --epochs 2
+--sched.warmup_epochs 1 --log.tensorboard False --resume auto --optim.ema_decay 0.9""".split()
 
 
 @pytest.fixture(scope="module")
