@@ -88,6 +88,7 @@ def test_decay_of_the_position_embedding(decay):
 # ---- settings
 
 
+@pytest.mark.filterwarnings("ignore:.*opt_einsum")  # kron's wish
 @pytest.mark.parametrize("name", timm.optim.list_optimizers())
 def test_each_of_timms_optimizers(name):
     info = timm.optim.get_optimizer_info(name)

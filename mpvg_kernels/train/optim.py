@@ -4,7 +4,6 @@ import inspect
 from typing import Any
 
 import timm.optim
-import torch
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from timm.scheduler import CosineLRScheduler, PolyLRScheduler, StepLRScheduler
 from torch import nn
@@ -72,8 +71,6 @@ def _implementation(name: str, model: nn.Module) -> dict[str, bool]:
     optimizer = timm.optim.get_optimizer_class(name, bind_defaults=False)
     devices = {p.device.type for p in model.parameters()}
     fused = optimizer.__module__.startswith("torch.optim") and "fused" in inspect.signature(optimizer).parameters
-    if optimizer is torch.optim.Adagrad and devices != {"cpu"}:  # fused on a CPU only
-        fused = False
     return {"fused": True} if fused and devices <= {"cpu", "cuda"} else {}
 
 
