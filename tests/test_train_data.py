@@ -586,7 +586,7 @@ def test_the_process_ends_without_close(folder):
     path = os.pathsep.join([os.path.dirname(__file__), *filter(None, sys.path)])
     result = subprocess.run(
         [sys.executable, "-c", code, str(folder)],
-        timeout=100,
+        timeout=60,
         env=os.environ | {"PYTHONPATH": path},
         capture_output=True,
     )
