@@ -452,6 +452,19 @@ def test_orientation_is_left_aside(tmp_path):
     assert decoded(saved(tmp_path, Image.new("RGB", (4, 3)), "a.jpg", exif=exif)).shape == (3, 4, 3)
 
 
+def test_posterize_to_no_bits(folder):
+    """timm's policies ask for it, and Pillow has made an error of it."""
+    image = Image.new("RGB", (4, 3), (200, 30, 90))
+    assert not np.asarray(images.posterize(image, 0, fillcolor=0)).any()
+    assert (np.asarray(images.posterize(image, 2)) == [192, 0, 64]).all()
+    for policy in ("rand-m10-inc1", "original", "augmix-m3"):
+        found = open_data(of(folder, aug__auto_augment=policy))
+        steps = found.loader.loader.dataset.transform.transforms
+        nested = [getattr(step, "ops", None) or sum(getattr(step, "policy", []), []) for step in steps]
+        ops = [op for each in nested for op in each if op.name.startswith("Posterize")]
+        assert ops and all(op.aug_fn is images.posterize for op in ops)
+
+
 # ---- unreadable images
 
 
@@ -573,7 +586,7 @@ def test_the_process_ends_without_close(folder):
     path = os.pathsep.join([os.path.dirname(__file__), *filter(None, sys.path)])
     result = subprocess.run(
         [sys.executable, "-c", code, str(folder)],
-        timeout=100,
+        timeout=60,
         env=os.environ | {"PYTHONPATH": path},
         capture_output=True,
     )
@@ -674,6 +687,13 @@ def test_streams(tmp_path, stream):
     assert len(first) == 6 and {len(x) for x in first} == {4}
     second = [batch.x for batch in data.train_batches(2)]
     assert not torch.equal(torch.cat(second), torch.cat(first))
+    data.source.set_epoch = lambda epoch: None  # the same images again: their augmentation is the epoch's
+    data.source.epoch = 1
+    assert not torch.equal(torch.cat([batch.x for batch in data.train_batches(2)]), torch.cat(first))
+    del data.source.set_epoch
+    still_red = streamed(tmp_path, aug__auto_augment=None, aug__color_jitter=0)
+    orders = [torch.cat([b.x[:, 0, 8, 8] for b in open_data(still_red).train_batches(epoch)]) for epoch in (1, 2)]
+    assert not torch.equal(*orders)  # and their order is
     assert sorted(data.files(1, 0))[0] == "image 0 of the stream of epoch 1"
     again = open_data(streamed(tmp_path))  # a run that is resumed at epoch 2
     assert torch.equal(torch.cat([batch.x for batch in again.train_batches(2)]), torch.cat(second))
@@ -766,6 +786,7 @@ def test_empty_class_folders_are_warned_about(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         open_data(of(tmp_path), 1, 2)  # the first process has said it
+    (tmp_path / "train" / "cat").rmdir()
     # Labels are the training split's where the other has fewer classes.
     for file in (tmp_path / "val" / "ant").iterdir():
         file.unlink()
