@@ -49,8 +49,8 @@ def backend(request, monkeypatch):
 def pytest_collection_modifyitems(config, items):
     """What takes minutes comes first, so that pytest-xdist's workers do not wait for one of them at the end."""
     items.sort(key=lambda item: "slow" not in item.keywords)
-    # pytest-xdist writes a test's group behind its name, and distributes by that. Where it fails to (3.8 under pytest 9.2),
-    # nothing says so, and every worker compiles what one should: 10 more minutes of CPU time with two.
+    # pytest-xdist writes a test's group behind its name, and distributes by that. Where it fails to (3.8 under pytest
+    # 9.2), nothing else says so, and every worker compiles what one should.
     grouped = [item for item in items if item.get_closest_marker("xdist_group")]
     if config.getoption("loadgroup", False) and not all("@" in item.nodeid for item in grouped):
         warnings.warn("pytest-xdist ignores its groups, which costs minutes: install pytest<9.2", stacklevel=1)
