@@ -10,6 +10,10 @@
 
 #include "arguments.h"
 
+#ifndef STABLE_TORCH_ERROR_CODE_CHECK  // PyTorch 2.11's name for it
+#define STABLE_TORCH_ERROR_CODE_CHECK(call) TORCH_ERROR_CODE_CHECK(call)
+#endif
+
 namespace mpvg {
 
 using torch::headeronly::ScalarType;

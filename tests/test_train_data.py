@@ -761,6 +761,9 @@ def test_batch_augmentation():
     mixed, target = augmented(mixup=0.8)
     share = target[0, 0]
     torch.testing.assert_close(mixed, share * x + (1 - share) * x.flip(0))
+    smoothed = BatchAugmentation(config.Config(aug=config.Aug(mixup=0.8), loss=config.Loss(smoothing=0.2)), 10)
+    seed_everything(1, 2)
+    torch.testing.assert_close(smoothed(x.clone(), y)[1], 0.8 * target + 0.02)
     erased, target = augmented(erase_prob=1.0)
     changed = (erased != x).any(1).flatten(1).sum(1)
     assert target is y and ((changed > 0.01 * 256) & (changed < 0.5 * 256)).all()

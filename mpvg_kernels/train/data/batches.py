@@ -10,8 +10,8 @@ from ..config import Config
 class BatchAugmentation:
     """Random erasing, then mixup or CutMix, of normalised images and their labels.
 
-    It draws from the global streams, which the caller sets from a key just before (`seed_everything`). Smoothing is
-    left to the loss: of soft labels too it gives what smoothing before the mix gives.
+    It draws from the global streams, which the caller sets from a key just before (`seed_everything`). What is mixed is
+    smoothed here by loss.smoothing, as in timm; labels are left to the loss.
 
     Call:
         x (B, C, H, W), which may be changed in place, and labels y (B,) -> images, and soft labels (B, classes) fp32
@@ -28,7 +28,7 @@ class BatchAugmentation:
                 cutmix_alpha=aug.cutmix,
                 prob=aug.mix_prob,
                 switch_prob=aug.mix_switch_prob,
-                label_smoothing=0.0,
+                label_smoothing=config.loss.smoothing,
                 num_classes=num_classes,
             )
 
