@@ -205,16 +205,15 @@ def launch(
     return Launch(tile, tiles, number, length, stages(tile, read_bytes, length, rules), registers)
 
 
-@triton.jit
-def numbers(count: tl.constexpr):
-    """0 .. count - 1, in the only form that Triton's comprehensions take."""
-    return (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)[:count]
-
-
+# Where blocks of several tuples meet, a loop that the compiler unrolls builds the result: Triton's comprehensions run
+# over one tuple, and in 3.6 (PyTorch 2.11) what a function returns is no index.
 @triton.jit
 def columns(WIDTH: tl.constexpr, BLOCKS: tl.constexpr):
     """The column indices (1, WIDTH) of each block."""
-    return [i * WIDTH + tl.arange(0, WIDTH)[None, :] for i in numbers(BLOCKS)]
+    out = ()
+    for i in tl.static_range(BLOCKS):
+        out = out + (i * WIDTH + tl.arange(0, WIDTH)[None, :],)
+    return out
 
 
 @triton.jit
@@ -262,12 +261,18 @@ def store_column_sums(ptr, cols, D: tl.constexpr, v):
 
 @triton.jit
 def add(a, b):
-    return [a[i] + b[i] for i in numbers(len(a))]
+    out = ()
+    for i in tl.static_range(len(a)):
+        out = out + (a[i] + b[i],)
+    return out
 
 
 @triton.jit
 def mul(a, b):
-    return [a[i] * b[i] for i in numbers(len(a))]
+    out = ()
+    for i in tl.static_range(len(a)):
+        out = out + (a[i] * b[i],)
+    return out
 
 
 @triton.jit
@@ -298,7 +303,10 @@ def row_sum(v):
 @triton.jit
 def centered(v, m1_T, cols, D: tl.constexpr):
     """v - m1, and zero in the columns past the end, which must not count in sums."""
-    return [tl.where(cols[i] < D, v[i] - m1_T, 0.0) for i in numbers(len(v))]
+    out = ()
+    for i in tl.static_range(len(v)):
+        out = out + (tl.where(cols[i] < D, v[i] - m1_T, 0.0),)
+    return out
 
 
 @triton.jit
@@ -339,7 +347,10 @@ def layer_norm_grad(g, c, m2_T, rstd_T, D: tl.constexpr):
     slope = rstd_T * rstd_T * (row_sum(mul(g, c)) - m2_T * sum_g) * (1.0 / D)
     shift = rstd_T * (m2_T * slope - sum_g * (1.0 / D))
     slope = rstd_T * slope
-    return [g[i] * rstd_T + (shift - c[i] * slope) for i in numbers(len(g))]
+    out = ()
+    for i in tl.static_range(len(g)):
+        out = out + (g[i] * rstd_T + (shift - c[i] * slope),)
+    return out
 
 
 @triton.jit
