@@ -4,6 +4,7 @@ The operators' own tests (test_operators.py and its neighbours) run on the GPU t
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -277,6 +278,34 @@ def sanitizer() -> str | None:
     return next(filter(None, found), None)
 
 
+def races(text: str) -> list[str]:
+    """The races that racecheck reports, but for those of a store in Triton's own reductions with itself.
+
+    Where a tile has fewer elements than the program has threads, Triton lets several threads hold the same element, and
+    its tl.sum has each of them store the same value in the same place.
+    """
+    found = re.findall(r"Race reported between (.*)\n.*?and (.*?) \[", text)
+    return [
+        f"{first}; {second}"
+        for first, second in found
+        if not (first == second and first.startswith("Write") and re.search(r" in standard\.py:\d+$", first))
+    ]
+
+
+def test_races_that_count():
+    same = "Write access at pool_kernel+0x10 in standard.py:287"
+    report = "========= Error: Race reported between {}\n=========     and {} [4 hazards]\n"
+    assert races(report.format(same, same)) == []
+    for first, second in (
+        (same, same.replace("0x10", "0x20")),
+        (same, same.replace("Write", "Read")),
+        (same.replace("Write", "Read"), same.replace("Write", "Read")),
+        ("Write access at k+0x1 in pe_layer_norm.cuh:7",) * 2,
+        ("Write access at k+0x1",) * 2,
+    ):
+        assert races(report.format(first, second)) == [f"{first}; {second}"]
+
+
 @pytest.mark.parametrize("tool", ("memcheck", "racecheck", "initcheck"))
 def test_sanitizer(tool):
     """No access out of bounds, no race in shared memory, no read of what was never written, in any kernel."""
@@ -285,8 +314,12 @@ def test_sanitizer(tool):
         pytest.skip("compute-sanitizer is not installed; it comes with the CUDA toolkit")
     # Without the caching allocator each tensor has its own bounds, and is not "written" by the one before it.
     env = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    command = [program, "--tool", tool, "--error-exitcode", "99", "--print-limit", "20"]
+    command = [program, "--tool", tool, "--error-exitcode", "99", "--print-limit", "10000"]
     command += [sys.executable, str(Path(__file__).with_name("gpu_kernels.py"))]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    output = done.stdout + done.stderr
+    if tool == "racecheck" and done.returncode == 99:
+        assert "Race reported" in output and not races(output), races(output)[:20]
+    else:
+        assert done.returncode == 0, output[-4000:]
     assert "every kernel ran and is right" in done.stdout

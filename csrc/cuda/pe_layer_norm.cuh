@@ -122,6 +122,10 @@ struct NormBackward {
   bool by_token;
 };
 
+// A row of one column has no gradient. Its g - mean(g) is zero, but g = dy * w fused into the difference would leave the product's
+// rounding there, times rstd.
+__device__ __forceinline__ float backward_rstd(const NormBackward& a, float rstd) { return a.D == 1 ? 0.0f : rstd; }
+
 template <class T, int P>
 MPVG_ROW_KERNEL(T, P) pe_layer_norm_bwd_kernel(const __grid_constant__ NormBackward a) {
   using L = Layout<P, T::E, T::whole>;
@@ -163,7 +167,7 @@ MPVG_ROW_KERNEL(T, P) pe_layer_norm_bwd_kernel(const __grid_constant__ NormBackw
   const auto look_ahead = [&](int b) {
     if (!live || b >= b1) return;
     const float* const stats = a.stats + int64_t(b) * a.N + n;
-    m1 = stats[0], rstd = stats[int64_t(a.B) * a.N];
+    m1 = stats[0], rstd = backward_rstd(a, stats[int64_t(a.B) * a.N]);
     if (a.scale) s = read_one(a.scale, a.scale.data, b);
   };
   look_ahead(b0);
@@ -284,7 +288,7 @@ MPVG_FINISH_KERNEL pe_layer_norm_bwd_loop_kernel(const __grid_constant__ NormBac
     if (sum_dy_hhat) sum_dy_hhat[d] = 0;
   });
   for (int64_t b = 0; b < a.B; ++b) {
-    Moments<float> m{a.stats[b * a.N + n], 0, a.stats[(a.B + b) * a.N + n]};
+    Moments<float> m{a.stats[b * a.N + n], 0, backward_rstd(a, a.stats[(a.B + b) * a.N + n])};
     const float s = a.scale ? read_one(a.scale, a.scale.data, b) : 1.0f;
     const auto h = [&](int64_t d) { return read_one(a.h, a.h.row(b, n), d); };
     const auto dy = [&](int64_t d) { return read_one(a.dy, a.dy.row(b, n), d); };

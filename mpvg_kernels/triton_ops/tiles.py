@@ -343,6 +343,8 @@ def layer_norm_grad(g, c, m2_T, rstd_T, D: tl.constexpr):
 
     mean(g * vhat) = rstd * (sum(g * c) - m2 * sum(g)) / D: sums that need no other row value first.
     """
+    if D == 1:  # exactly zero, where g = dy * w fused into g - mean(g) would leave the product's rounding, times rstd
+        rstd_T = rstd_T * 0.0
     sum_g = row_sum(g)
     slope = rstd_T * rstd_T * (row_sum(mul(g, c)) - m2_T * sum_g) * (1.0 / D)
     shift = rstd_T * (m2_T * slope - sum_g * (1.0 / D))
