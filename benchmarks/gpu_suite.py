@@ -311,12 +311,16 @@ def train(suite: Suite) -> str:
         fixed = ("--model", name, "--batch", batch, "--dtypes", "bf16", "--device", "cuda")
         return [BENCHMARKS / "bench_train.py", *fixed, *options]
 
+    def timed(engine: str, suffix: str) -> list[list[str | Path]]:
+        return [
+            command(model, "--engines", engine, "--rounds", "7", "--json", suite.out / f"train-{model}{suffix}.json")
+            for model in MODELS
+        ]
+
+    suite.each(timed("eager", ""))
+    # Compiling takes minutes, so it comes last.
     _fill_compile_caches(suite, [command(model, "--engines", "compile", "--rounds", "1") for model in MODELS])
-    timed = []
-    for model in MODELS:
-        files = ["--json", suite.out / f"train-{model}.json", *suite.plots("--plot", f"train-{model}.png")]
-        timed.append(command(model, "--rounds", "7", *files))
-    suite.each(timed)
+    suite.each(timed("compile", "-compiled"))
     return f"training steps of {', '.join(f'{model} (batch {batch})' for model, batch in MODELS.items())}"
 
 
@@ -395,10 +399,10 @@ class Stage(NamedTuple):
 
 STAGES = {
     "wheels": Stage(wheels, 60),
-    "build": Stage(build, 150),
-    "tests": Stage(tests, 180),
+    "build": Stage(build, 200),
+    "tests": Stage(tests, 240),
     "operators": Stage(operators, 210),
-    "train": Stage(train, 180),
+    "train": Stage(train, 240),
     "digits": Stage(digits, 60),
     "overhead": Stage(overhead, 60),
     "memory": Stage(memory, 60),
@@ -459,8 +463,8 @@ def _operator_tables(folder: Path) -> str:
 
 def _train_table(folder: Path) -> str:
     lines = []
-    for model in MODELS:
-        for row in _rows(folder / f"train-{model}.json"):
+    for model, file in ((model, f"train-{model}{suffix}.json") for suffix in ("", "-compiled") for model in MODELS):
+        for row in _rows(folder / file):
             ratios = (_number(row[f"vs_{baseline}"], 3) for baseline in ("timm", "reference"))
             figures = _number(row["ms"], 1), _number(row["images_per_s"], 0), *ratios, row["note"]
             lines.append((model, row["batch"], row["engine"], row["dtype"], row["provider"], *figures))

@@ -383,6 +383,9 @@ def _backend(name: str) -> Callable[[Case], Provider]:
     return provider
 
 
+# The backward alone is timed again and again on one forward (retain_graph): compiled code must keep its buffers.
+torch._functorch.config.donated_buffer = False
+
 PROVIDERS: dict[str, Callable[[Case], Provider]] = {
     "eager": _eager,
     "compile": _compile,

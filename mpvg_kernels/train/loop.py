@@ -19,7 +19,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -76,12 +76,19 @@ class Trainer:
         config: the run.
         world: this process among others; their connection must be open (`distributed.process_group`).
         device: what config.device means, or None to find out.
+        start: load the weights that the config starts from; False where others are loaded anyway.
 
     Raises:
         InputError: the config names something that there is not.
     """
 
-    def __init__(self, config: Config, world: World = World(), device: torch.device | None = None):  # noqa: B008
+    def __init__(
+        self,
+        config: Config,
+        world: World = World(),  # noqa: B008
+        device: torch.device | None = None,
+        start: bool = True,
+    ):
         self.config, self.world = config, world
         self.device = device or pick_device(config.device, world)
         try:
@@ -95,7 +102,7 @@ class Trainer:
             together(world, lambda: create_data(config, self.device, world).close(), main_only=True)
         self.data = together(world, lambda: create_data(config, self.device, world))
         torch.manual_seed(config.seed)
-        self.model: nn.Module = together(world, lambda: create_model(config, self.data)).to(self.device)
+        self.model: nn.Module = together(world, lambda: create_model(config, self.data, start=start)).to(self.device)
         self.augment = BatchAugmentation(config, self.data.num_classes)
         self.criterion = create_loss(config)
         self.distillation = together(world, self._distillation)
@@ -559,21 +566,15 @@ def train(config: Config, out: Path | None, recipe: str, resume: str = "never") 
     device = pick_device(config.device, world)
     with Signals() as signals, cpu_threads(config.threads), distributed.process_group(world, device, config):
         start = time.perf_counter()
-        trainer = Trainer(config, world, device)
-        main = world.rank == 0
-        try:
-            folder, checkpoints = _open_and_restore(trainer, out, recipe, resume)
-        except BaseException:
-            trainer.data.close()
-            raise
-        log_config = config.log
+        trainer, folder, checkpoints = _prepare(config, out, recipe, resume, world, device)
+        main = folder is not None
         try:
             with RunLog(
                 folder.path if main else None,
                 trainer.total,
                 trainer.updates,
-                tensorboard=log_config.tensorboard,
-                wandb=log_config.wandb,
+                tensorboard=config.log.tensorboard,
+                wandb=config.log.wandb,
                 config=to_dict(config),
             ) as log:
                 Run(trainer, signals, log, folder, checkpoints).fit()
@@ -610,55 +611,76 @@ def _report(folder: RunFolder) -> None:
         print_warning(f"{folder.path / 'report.md'} could not be written ({error.strerror})")
 
 
-def _open_and_restore(
-    trainer: Trainer, out: Path | None, recipe: str, resume: str
-) -> tuple[RunFolder | None, Checkpoints | None]:
-    """Open the run folder on the first process, and take up on all of them what it goes on from."""
-    world = trainer.world
-    opened = together(world, lambda: _open(trainer, out, recipe, resume), main_only=True)
-    folder, checkpoints, restored = opened or (None, None, None)
-    path = distributed.from_main(restored.path if restored else None, world)
-    if path is not None:
-        keep = trainer.config.checkpoint.keep
-        together(
-            world,
-            lambda: trainer.restore(restored or Checkpoints(run_of(path), keep, warn=print_warning).open(path)),
-        )
-    if folder is not None:
-        _say(trainer, folder, path)
-    return folder, checkpoints
+def _prepare(
+    config: Config, out: Path | None, recipe: str, resume: str, world: World, device: torch.device
+) -> tuple[Trainer, RunFolder | None, Checkpoints | None]:
+    """The trainer where it begins or goes on; on the first process the run folder and its checkpoints too."""
+    point = together(world, lambda: _resume_point(config, out, recipe, resume), main_only=True)
+    out, found = point or (out, None)
+    restored = found and found.restored
+    path = distributed.from_main(restored and restored.path, world)
+    trainer = Trainer(config, world, device, start=path is None)
+    try:
+        opened = together(world, lambda: _open(trainer, out, recipe, found), main_only=True)
+        if path is not None:
+            together(world, lambda: trainer.restore(restored or _checkpoints(run_of(path), config).open(path)))
+        folder, checkpoints = opened or (None, None)
+        if folder is not None:
+            _say(trainer, folder, path)
+    except BaseException:
+        trainer.data.close()
+        raise
+    return trainer, folder, checkpoints
 
 
-def _open(trainer: Trainer, out: Path | None, recipe: str, resume: str):
-    """On the first process: the run folder, its checkpoints, and what was restored from them or None."""
-    config = trainer.config
-    if out is None and resume in ("never", "auto"):
-        out = Path("runs") / (recipe if resume == "auto" else time.strftime(f"{recipe}-%Y%m%d-%H%M%S"))
-    parameters = sum(p.numel() for p in trainer.model.parameters())
-    info = {"recipe": recipe, "backend": trainer.backend, "parameters": parameters, "updates": trainer.total}
-    info |= {"class_names": trainer.data.class_names, "flops": trainer.flops}
-    info |= machine() | {"config": to_dict(config)}
-    restored, copy_logs = None, False
+class _Found(NamedTuple):
+    """Where a run goes on: the folder that it was in, and its checkpoint, if there is a whole one."""
+
+    folder: RunFolder
+    restored: Restored | None
+
+
+def _checkpoints(folder: RunFolder, config: Config) -> Checkpoints:
+    return Checkpoints(folder, config.checkpoint.keep, warn=print_warning)
+
+
+def _resume_point(config: Config, out: Path | None, recipe: str, resume: str) -> tuple[Path, _Found | None]:
+    """On the first process: the run folder's path, and where the run goes on, None for a new one."""
     if resume not in ("never", "auto"):
-        source = run_of(Path(resume))
-        check_same_run(source, trainer)
-        restored = Checkpoints(source, config.checkpoint.keep, warn=print_warning).open(resume)
-        copy_logs = out is not None and out.resolve() != source.path.resolve()
-        folder = RunFolder.create(out, info) if copy_logs else source
-    elif resume == "auto" and (out / "run.json").exists():
-        folder = RunFolder(out)
-        check_same_run(folder, trainer)
-    else:
-        folder = RunFolder.create(out, info)
+        folder = run_of(Path(resume))
+        if out is None or out.resolve() == folder.path.resolve():
+            out = folder.path
+            folder.lock()
+        return out, _Found(folder, _checkpoints(folder, config).open(resume))
+    if out is None:
+        out = Path("runs") / (recipe if resume == "auto" else time.strftime(f"{recipe}-%Y%m%d-%H%M%S"))
+    if resume == "never" or not (out / "run.json").exists():
+        return out, None
+    folder = RunFolder(out)
     folder.lock()
-    checkpoints = Checkpoints(folder, config.checkpoint.keep, warn=print_warning)
-    if resume == "auto" and (found := checkpoints.newest()) is not None:
-        restored, passed_over = found
-        for sentence in passed_over:
-            print_warning(sentence)
-    if copy_logs:
-        for name in LOGS:
-            shutil.copyfile(source.path / name, folder.path / name)
+    newest = _checkpoints(folder, config).newest()
+    for sentence in newest[1] if newest else ():
+        print_warning(sentence)
+    return out, _Found(folder, newest[0] if newest else None)
+
+
+def _open(trainer: Trainer, out: Path, recipe: str, found: _Found | None) -> tuple[RunFolder, Checkpoints]:
+    """On the first process: the run folder, made or taken up, its logs cut back to where the run goes on."""
+    config = trainer.config
+    info = {"recipe": recipe, "backend": trainer.backend, "updates": trainer.total, "flops": trainer.flops}
+    info |= {"parameters": sum(p.numel() for p in trainer.model.parameters()), "class_names": trainer.data.class_names}
+    info |= machine() | {"config": to_dict(config)}
+    if found is None:
+        folder = RunFolder.create(out, info)
+    else:
+        folder = found.folder
+        check_same_run(folder, trainer)
+        if out.resolve() != folder.path.resolve():
+            folder = RunFolder.create(out, info)
+            for name in LOGS:
+                shutil.copyfile(found.folder.path / name, out / name)
+    restored = found and found.restored
+    checkpoints = _checkpoints(folder, config)
     weights = sum(t.nbytes for t in trainer.model.state_dict().values())
     checkpoints.require_space(trainer.snapshot_bytes(), weights * (3 if trainer.ema else 2))
     checkpoints.cut_logs(restored.state if restored else None)
@@ -667,7 +689,7 @@ def _open(trainer: Trainer, out: Path | None, recipe: str, resume: str):
         step=step, processes=trainer.world.size, device=str(trainer.device), command=info["command"], **info["machine"]
     )
     folder.set_status("running", step=step)
-    return folder, checkpoints, restored
+    return folder, checkpoints
 
 
 def run_of(path: Path) -> RunFolder:
@@ -738,7 +760,7 @@ def evaluate_run(path: Path, weights: str, fields: list[str] | None = None) -> d
     config = folder.config()
     if fields:
         config = from_args(config, fields, "mpvg eval RUN")
-    trainer = Trainer(config)
+    trainer = Trainer(config, start=False)
     try:
         check_classes(folder, trainer.data.class_names)
         folder.load(weights, trainer.model)
