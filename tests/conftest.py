@@ -17,7 +17,12 @@ if not HAS_GPU:
 torch.backends.cudnn.allow_tf32 = False
 
 import cuda_host_library  # noqa: E402
+import interpreter  # noqa: E402
 import pytest  # noqa: E402
+
+NO_INTERPRETER = None if HAS_GPU else interpreter.missing()
+if NO_INTERPRETER:
+    del os.environ["TRITON_INTERPRET"]  # the Triton backend is then as it is without a GPU: missing
 
 # Before mpvg_kernels is imported: without a GPU its CUDA kernels are compiled for the CPU, and run by tests/cuda_host.
 NO_CUDA_HOST = None if HAS_GPU else cuda_host_library.missing()
@@ -35,8 +40,8 @@ def backend(request, monkeypatch):
     A test may ask for "cpp, autograd in Python" besides, which leaves the C++ nodes unused.
     """
     name, _, autograd = request.param.partition(", ")
-    if name == "cuda" and NO_CUDA_HOST:
-        pytest.skip(NO_CUDA_HOST)
+    if lacking := {"cuda": NO_CUDA_HOST, "triton": NO_INTERPRETER}.get(name):
+        pytest.skip(lacking)
     if name not in mk.available_backends():
         pytest.skip(f"{name}: {backends.status(name).reason}")
     if autograd:

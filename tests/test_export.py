@@ -75,14 +75,23 @@ def cpp():
         yield
 
 
-def test_programs_and_packages_in_a_fresh_process(cpp, model, tmp_path):
+def test_programs_in_a_fresh_process(cpp, model, tmp_path):
     """They call the kernels by their operators' names: importing the package is all that they need."""
     programs = {strict: export(model, strict) for strict in (False, True)}
     for strict, program in programs.items():
         assert operators(program) == {"mpvg.pe_layer_norm_fwd_cpp.default", "mpvg.pe_norm_pool_fwd_cpp.default"}
         torch.export.save(program, tmp_path / f"strict_{strict}.pt2")
-    torch._inductor.aoti_compile_and_package(programs[False], package_path=str(tmp_path / "aoti.pt2"))
-    check_in_fresh_process(model, tmp_path, "mpvg_kernels", "strict_False.pt2", "strict_True.pt2", "aoti.pt2")
+    check_in_fresh_process(model, tmp_path, "mpvg_kernels", "strict_False.pt2", "strict_True.pt2")
+
+
+@pytest.mark.skipif(
+    torch.__version__ < (2, 12),
+    reason="AOTInductor packages of PyTorch 2.11 give operators another dtype than they were exported with "
+    "(pytorch/pytorch#169157)",
+)
+def test_package_in_a_fresh_process(cpp, model, tmp_path):
+    torch._inductor.aoti_compile_and_package(export(model), package_path=str(tmp_path / "aoti.pt2"))
+    check_in_fresh_process(model, tmp_path, "mpvg_kernels", "aoti.pt2")
 
 
 def test_plain_program_needs_no_package(model, tmp_path):

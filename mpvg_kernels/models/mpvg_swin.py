@@ -300,7 +300,8 @@ class MPVGSwinTransformer(ConvertsCheckpoints, SwinTransformer):
         branch = branch_scale = None
         pos_last = pos_0 if scheme.last == 0 and not isinstance(self.norm, nn.Identity) else None
         own = {int(layer): table for layer, table in self.layer_pos_embed.items()}
-        last_taker = max((i for i in range(len(self.blocks)) if scheme.reaches(i) and i not in own), default=-1)
+        # (torch.compile in torch 2.11 traces neither max's default nor a generator there)
+        last_taker = max([-1, *[i for i in range(len(self.blocks)) if scheme.reaches(i) and i not in own]])
         for i, stage in enumerate(self.layers):
             if i == stop:
                 break

@@ -116,7 +116,7 @@ class PosTables:
             hierarchical: LN'_l reads LN'_{l-1}(...), else pos itself.
             last: the last norm, if it takes a PE.
         """
-        exporting = torch.compiler.is_exporting()
+        exporting = _is_exporting()
         if training:
             if exporting:
                 _warn_of_training_mode()
@@ -154,6 +154,11 @@ class PosTables:
                 copies = [t.detach().clone() for t in sources]
                 kept = self._kept = _Kept(key, copies, _compute(rule, copies))
         return kept.tables
+
+
+@torch.compiler.assume_constant_result  # in torch 2.11 Dynamo has True for it in what it traces for torch.compile too
+def _is_exporting() -> bool:
+    return torch.compiler.is_exporting()
 
 
 @torch.compiler.assume_constant_result  # Dynamo passes over warnings in what it traces, but calls this
