@@ -123,7 +123,7 @@ def test_an_error_is_said_once(warm, alone, tmp_path):
 def test_torchrun(alone, tmp_path):
     """As it is typed: stopped by a scheduler's SIGTERM, started again by the same command."""
     folder = tmp_path / "run"
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29611"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += ["-m", "mpvg_kernels", *ARGS, "--out", str(folder), "--log.interval", "1"]
     command += ["--data.max_bad_share", "0.5"]  # has no effect, which is said once
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
