@@ -147,7 +147,7 @@ def check_checkpointing(build, image) -> None:
         kept.append(0)
 
         def pack(t):
-            kept[-1] += 1
+            kept[-1] += t.numel() > 0  # torch 2.11's checkpoint keeps an empty one for each block
             return t
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
