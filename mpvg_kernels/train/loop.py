@@ -187,7 +187,7 @@ class Trainer:
         row = torch.stack(
             [
                 torch.where(bad_losses > 0, 0.0, loss),
-                correct,
+                torch.where(bad_losses > 0, 0.0, correct),
                 torch.where(bad_losses > 0, 0, images).double(),
                 torch.where(skipped, 0.0, norm).double(),
                 torch.ones_like(loss),

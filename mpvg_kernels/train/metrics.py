@@ -5,6 +5,7 @@ back to where the checkpoint was made (`RunLog.files`), and the sums of a half-f
 """
 
 import json
+import math
 import resource
 import sys
 import time
@@ -49,7 +50,10 @@ class Meter:
         self.sums.zero_()
 
     def read(self, world: World) -> dict[str, float]:
-        """loss (mean over images), acc (percent), grad_norm (mean over the updates not skipped), skipped, images."""
+        """loss (mean over images), acc (percent), grad_norm (mean over the updates not skipped), skipped, images.
+
+        Images of a micro-batch whose loss was not finite are left out; where there are no others loss and acc are nan.
+        """
         sums = self.sums.clone()
         if world.size > 1:
             shared = sums[:3].clone()  # the others are the same on every process
@@ -57,8 +61,8 @@ class Meter:
             sums[:3] = shared
         loss, correct, images, grad_norm, updates, skipped = sums.tolist()  # waits for the device
         return {
-            "loss": loss / max(images, 1),
-            "acc": 100 * correct / max(images, 1),
+            "loss": loss / images if images else math.nan,
+            "acc": 100 * correct / images if images else math.nan,
             "grad_norm": grad_norm / max(updates - skipped, 1),
             "skipped": int(skipped),
             "images": int(images),
