@@ -1,6 +1,7 @@
 """What a run measures and logs: sums on the device, spikes, skipped updates, log files on a full disk, the progress."""
 
 import errno
+import io
 import json
 import math
 import os
@@ -172,3 +173,21 @@ def test_wandb_goes_on_in_the_same_run(tmp_path, monkeypatch):
 def test_a_log_that_is_cut_mid_line_is_read(tmp_path):
     (tmp_path / "log.jsonl").write_text(json.dumps({"kind": "train", "step": 1}) + '\n{"kind": "tra')
     assert read_log(tmp_path, "train") == [{"kind": "train", "step": 1}]
+
+
+def test_output_that_cannot_be_written_stops_nothing(tmp_path, monkeypatch):
+    """A scheduler keeps the output in a file, often on the disk of the runs."""
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, io.TextIOWrapper(io.FileIO("/dev/full", "w"), write_through=True))
+    with RunLog(tmp_path, 4) as log:
+        log.say("text")
+        log.warn("text")
+        log.epoch(EPOCH, True)
+    assert len(read_log(tmp_path, "epoch")) == 1
+
+
+def test_other_processes_say_nothing(capsys):
+    with RunLog(None, 4) as log:
+        log.warn("the first says it")
+        log.say("and this")
+    assert capsys.readouterr() == ("", "")

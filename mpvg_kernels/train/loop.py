@@ -13,6 +13,7 @@ goes on is bitwise the one that was not.
 """
 
 import contextlib
+import dataclasses
 import math
 import os
 import shutil
@@ -36,11 +37,11 @@ from .data import Batch, BatchAugmentation, create_data, seed_everything
 from .distributed import Agreement, World, pick_device, together
 from .guards import SkippedUpdates
 from .losses import Distillation, create_loss
-from .metrics import Meter, RunLog, Spikes, memory_mb, peak_tflops, read_log
+from .metrics import Meter, RunLog, Spikes, check_installed, memory_mb, peak_tflops, read_log
 from .model import create_model, train_mode
 from .optim import create_optimizer, create_schedule, describe
 from .report import write_report
-from .run_folder import RunFolder, machine, print_warning
+from .run_folder import WEIGHTS, RunFolder, machine, print_warning, reason, show
 from .signals import Signals
 
 UPDATE = 1
@@ -76,12 +77,20 @@ class Trainer:
         config: the run.
         world: this process among others; their connection must be open (`distributed.process_group`).
         device: what config.device means, or None to find out.
+        start: load the weights that the run starts from; False where a checkpoint's follow.
 
     Raises:
         InputError: the config names something that there is not.
     """
 
-    def __init__(self, config: Config, world: World = World(), device: torch.device | None = None):  # noqa: B008
+    def __init__(
+        self,
+        config: Config,
+        world: World = World(),  # noqa: B008
+        device: torch.device | None = None,
+        *,
+        start: bool = True,
+    ):
         self.config, self.world = config, world
         self.device = device or pick_device(config.device, world)
         try:
@@ -95,7 +104,7 @@ class Trainer:
             together(world, lambda: create_data(config, self.device, world).close(), main_only=True)
         self.data = together(world, lambda: create_data(config, self.device, world))
         torch.manual_seed(config.seed)
-        self.model: nn.Module = together(world, lambda: create_model(config, self.data)).to(self.device)
+        self.model: nn.Module = together(world, lambda: create_model(config, self.data, start=start)).to(self.device)
         self.augment = BatchAugmentation(config, self.data.num_classes)
         self.criterion = create_loss(config)
         self.distillation = together(world, self._distillation)
@@ -559,7 +568,8 @@ def train(config: Config, out: Path | None, recipe: str, resume: str = "never") 
     device = pick_device(config.device, world)
     with Signals() as signals, cpu_threads(config.threads), distributed.process_group(world, device, config):
         start = time.perf_counter()
-        trainer = Trainer(config, world, device)
+        together(world, lambda: check_installed(config.log), main_only=True)
+        trainer = Trainer(config, world, device, start=resume in ("never", "auto"))
         main = world.rank == 0
         try:
             folder, checkpoints = _open_and_restore(trainer, out, recipe, resume)
@@ -592,11 +602,15 @@ def train(config: Config, out: Path | None, recipe: str, resume: str = "never") 
                 checkpoints.wait()
         if not main:
             return None
-        last = read_log(folder.path, "epoch")[-1]
+        # Not there if the log was removed, or the disk was full to the end.
+        last = next((row for row in read_log(folder.path, "epoch") if row["step"] == trainer.updates), {})
         figures = {name: last[name] for name in ("test_acc", "ema_acc") if name in last}
-        folder.set_status("finished", epoch=last["epoch"], step=last["step"], **figures)
+        folder.set_status("finished", epoch=config.total_epochs, step=trainer.updates, **figures)
+        if not figures:
+            show(f"finished; {folder.path / 'log.jsonl'} has lost the accuracy, which `mpvg eval {folder.path}` finds")
+            return folder
         ema = f", EMA {last['ema_acc']:.2f} %" if "ema_acc" in last else ""
-        print(
+        show(
             f"test accuracy {last['test_acc']:.2f} %{ema} after {config.total_epochs} epochs, "
             f"{time.perf_counter() - start:.0f} s; report in {folder.path / 'report.md'}"
         )
@@ -604,6 +618,9 @@ def train(config: Config, out: Path | None, recipe: str, resume: str = "never") 
 
 
 def _report(folder: RunFolder) -> None:
+    if not any("test_acc" in row for row in read_log(folder.path, "epoch")):
+        print_warning(f"{folder.path / 'log.jsonl'} has no evaluated epoch, so there is no report.md")
+        return
     try:
         write_report(folder)
     except OSError as error:  # the disk is full; all that it says is in the logs
@@ -620,10 +637,15 @@ def _open_and_restore(
     path = distributed.from_main(restored.path if restored else None, world)
     if path is not None:
         keep = trainer.config.checkpoint.keep
-        together(
-            world,
-            lambda: trainer.restore(restored or Checkpoints(run_of(path), keep, warn=print_warning).open(path)),
-        )
+        try:
+            together(
+                world,
+                lambda: trainer.restore(restored or Checkpoints(run_of(path), keep, warn=print_warning).open(path)),
+            )
+        except InputError as error:
+            if folder is not None:
+                folder.set_status("failed", step=restored.step, error=f"InputError: {error}")
+            raise
     if folder is not None:
         _say(trainer, folder, path)
     return folder, checkpoints
@@ -657,8 +679,7 @@ def _open(trainer: Trainer, out: Path | None, recipe: str, resume: str):
         for sentence in passed_over:
             print_warning(sentence)
     if copy_logs:
-        for name in LOGS:
-            shutil.copyfile(source.path / name, folder.path / name)
+        _copy_past(source, folder, restored)
     weights = sum(t.nbytes for t in trainer.model.state_dict().values())
     checkpoints.require_space(trainer.snapshot_bytes(), weights * (3 if trainer.ema else 2))
     checkpoints.cut_logs(restored.state if restored else None)
@@ -668,6 +689,28 @@ def _open(trainer: Trainer, out: Path | None, recipe: str, resume: str):
     )
     folder.set_status("running", step=step)
     return folder, checkpoints, restored
+
+
+def _copy_past(source: RunFolder, folder: RunFolder, restored: Restored) -> None:
+    """Copy a run's logs into another folder, and those of its weights that are no younger than the checkpoint."""
+    try:
+        for name in LOGS:
+            if (source.path / name).exists():
+                shutil.copyfile(source.path / name, folder.path / name)
+        epochs = read_log(source.path, "epoch") if (source.path / "log.jsonl").exists() else []
+        best = max((row.get("test_acc", -1.0) for row in epochs), default=-1.0)
+        of_then = dict.fromkeys(WEIGHTS, all(row["step"] <= restored.step for row in epochs))
+        of_then["best"] = best == restored.state["best"]
+        for name in WEIGHTS:
+            if of_then[name] and (source.path / name).is_dir():
+                shutil.copytree(source.path / name, folder.path / name)
+    except OSError as error:
+        raise InputError(f"{source.path} can't be copied to {folder.path} ({reason(error)})") from None
+    if epochs and not of_then["best"]:
+        print_warning(
+            f"{source.path / 'best'} is of a later update: {folder.path / 'best'} comes with the first accuracy above "
+            f"{restored.state['best']:.2f} %"
+        )
 
 
 def run_of(path: Path) -> RunFolder:
@@ -712,12 +755,11 @@ def _say(trainer: Trainer, folder: RunFolder, restored_from: Path | None) -> Non
         if world.size == 1
         else f"{world.size} processes ({config.dist.mode}), {trainer.device.type}"
     )
-    print(
+    show(
         f"{config.model.name} ({config.model.scheme}), {parameters:,} parameters, "
         f"{trainer.flops / 1e9:.2f} GFLOP an image forward, on {where} with the {trainer.backend} backend\n"
         f"{describe(config, trainer.data.steps, world, trainer.optimizer)}\nrun folder {folder.path}"
         + (f", goes on from {restored_from.name}" if restored_from else ""),
-        flush=True,
     )
 
 
@@ -738,7 +780,9 @@ def evaluate_run(path: Path, weights: str, fields: list[str] | None = None) -> d
     config = folder.config()
     if fields:
         config = from_args(config, fields, "mpvg eval RUN")
-    trainer = Trainer(config)
+    # What the run started from and its teacher may be gone by now; neither is needed.
+    config = dataclasses.replace(config, loss=dataclasses.replace(config.loss, distillation="none"))
+    trainer = Trainer(config, start=False)
     try:
         check_classes(folder, trainer.data.class_names)
         folder.load(weights, trainer.model)

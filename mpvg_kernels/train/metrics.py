@@ -4,6 +4,7 @@ A run that is cut off and resumed leaves the same lines as one that was not, the
 back to where the checkpoint was made (`RunLog.files`), and the sums of a half-filled interval are in it (`Meter`).
 """
 
+import importlib.util
 import json
 import math
 import resource
@@ -19,7 +20,10 @@ from matplotlib.figure import Figure  # needs no display and has no global state
 from torch import Tensor
 from tqdm import tqdm
 
+from . import InputError
+from .config import Log
 from .distributed import World
+from .run_folder import show
 
 COLUMNS = ("epoch", "step", "lr", "train_loss", "train_acc", "test_loss", "test_acc", "ema_loss", "ema_acc")
 COLUMNS += ("grad_norm", "skipped", "bad_images", "img_s")
@@ -102,6 +106,15 @@ def peak_tflops(device: torch.device, amp: str, given: float | None) -> float | 
     return next((peak for key, peak in PEAK_TFLOPS.items() if key in name), None)
 
 
+def check_installed(config: Log) -> None:
+    """Raise InputError where the config asks for a logger that is not installed."""
+    for name in ("tensorboard", "wandb"):
+        if (value := getattr(config, name)) and importlib.util.find_spec(name) is None:
+            raise InputError(
+                f"config field log.{name} is {value!r}, and {name} is not installed: `pip install {name}` brings it"
+            )
+
+
 class LogFile:
     """A text file that lines are added to. What a full disk does not take is kept, and tried with the next line."""
 
@@ -161,6 +174,7 @@ class RunLog:
     ):
         self._files: dict[str, LogFile] = {}
         self._bar = self._tensorboard = self._wandb = None
+        self._shown = folder is not None
         self._total, self._epoch_acc, self._last_plain = total, "", time.monotonic()
         if folder is None:
             return
@@ -201,14 +215,14 @@ class RunLog:
         if self._bar is not None:
             self._bar.write(text, file=sys.stderr)
         elif self._files:
-            print(text, flush=True)
+            show(text)
 
     def warn(self, text: str) -> None:
-        """Print a warning."""
+        """Print a warning, on the first process: they all have the same to say."""
         if self._bar is not None:
             self._bar.write(f"warning: {text}", file=sys.stderr)
-        else:
-            print(f"warning: {text}", file=sys.stderr, flush=True)
+        elif self._shown:
+            show(f"warning: {text}", sys.stderr)
 
     def _numbers(self, row: dict[str, Any], prefix: str) -> None:
         numbers = {f"{prefix}/{k}": v for k, v in row.items() if isinstance(v, int | float) and k != "step"}
@@ -271,7 +285,7 @@ def plot_curves(folder: Path) -> None:
     train, epochs = read_log(folder, "train"), [r for r in read_log(folder, "epoch") if "test_acc" in r]
     figure = Figure((10, 3.6), layout="constrained")
     for axes, key, label in zip(figure.subplots(1, 2), ("loss", "acc"), ("loss", "accuracy (%)"), strict=True):
-        x, y = zip(*((r["step"], r[key]) for r in train), strict=True)
+        x, y = [r["step"] for r in train], [r[key] for r in train]
         axes.plot(x, y, lw=0.8, color="0.6", label="training batches (augmented)")
         for name, colour, what in (("test", "C0", "held-out images"), ("ema", "C1", "held-out images, EMA")):
             points = [(r["step"], r[f"{name}_{key}"]) for r in epochs if f"{name}_{key}" in r]
