@@ -1,11 +1,15 @@
 """What a run measures and logs: sums on the device, spikes, skipped updates, log files on a full disk, the progress."""
 
 import errno
+import fcntl
 import io
 import json
 import math
 import os
+import pty
+import struct
 import sys
+import termios
 from pathlib import Path
 
 import pytest
@@ -191,3 +195,15 @@ def test_other_processes_say_nothing(capsys):
         log.warn("the first says it")
         log.say("and this")
     assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("lines", [0, 40])
+def test_bar_needs_a_terminal_with_a_size(tmp_path, monkeypatch, capsys, lines):
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", lines, 150, 0, 0))
+    with open(theirs, "w") as terminal:
+        monkeypatch.setattr(sys, "stderr", terminal)
+        with RunLog(tmp_path, 4) as log:
+            log.epoch(EPOCH, True)
+    os.close(ours)
+    assert ("epoch   1" in capsys.readouterr().out) == (lines == 0)

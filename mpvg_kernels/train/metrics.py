@@ -7,6 +7,7 @@ back to where the checkpoint was made (`RunLog.files`), and the sums of a half-f
 import importlib.util
 import json
 import math
+import os
 import resource
 import sys
 import time
@@ -147,6 +148,16 @@ class LogFile:
         self._file.close()
 
 
+def _has_terminal() -> bool:
+    """Whether stderr is a terminal with a size; without one (`docker run -t`, some CI) tqdm's bar shows nothing."""
+    if not sys.stderr.isatty():
+        return False
+    try:
+        return os.get_terminal_size(sys.stderr.fileno()).lines > 0
+    except OSError:  # a stand-in without a descriptor, as in notebooks
+        return True
+
+
 class RunLog:
     """log.jsonl (a line every few updates and one an epoch), metrics.csv (a row an epoch), and the progress shown.
 
@@ -181,7 +192,7 @@ class RunLog:
         self._files = {name: LogFile(folder / name, self.warn) for name in ("log.jsonl", "metrics.csv")}
         if not (folder / "metrics.csv").stat().st_size:
             self._files["metrics.csv"].write(",".join(COLUMNS))
-        if sys.stderr.isatty():
+        if _has_terminal():
             self._bar = tqdm(total=total, initial=done, unit="step", dynamic_ncols=True)
         if tensorboard is not False:
             try:
