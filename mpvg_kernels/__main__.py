@@ -5,7 +5,9 @@ is imported by that command alone, so that `mpvg info` works without the extras.
 """
 
 import argparse
+import contextlib
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -204,13 +206,30 @@ def parser() -> Parser:
     return top
 
 
+@contextlib.contextmanager
+def log_shown():
+    """Inside, the first process shows on stderr what the package logs: which weights were loaded, and how changed."""
+    logger, handler = logging.getLogger(__package__), logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("mpvg: %(message)s"))
+    level = logger.level
+    if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command line `argv` (default: the process's own); returns the exit code."""
     try:
         args, rest = parser().parse_known_args(argv)
         if rest and args.run not in (train, evaluate):
             raise InputError(f"mpvg {args.command} does not take {' '.join(rest)!r}; see `mpvg {args.command} --help`")
-        return args.run(args, rest)
+        with log_shown():
+            return args.run(args, rest)
     except (InputError, TrainingError, Stopped) as error:
         # What many processes agreed on, the first one says.
         if not getattr(error, "shared", False) or os.environ.get("RANK", "0") == "0":

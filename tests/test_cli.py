@@ -169,6 +169,50 @@ def test_a_run_goes_on_from_a_checkpoint_in_a_new_folder(copy, tmp_path, capsys)
         assert starts == ([22] if out != copy else [0, 44])
 
 
+def test_a_finished_run_goes_on_in_a_new_folder(copy, tmp_path):
+    assert cli.main(["train", "--resume", str(copy), "--out", str(tmp_path / "other")]) == 0
+    for name in ("best", "last"):  # no epoch is left that would write them
+        weights = [folder / name / "model.safetensors" for folder in (copy, tmp_path / "other")]
+        assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
+def test_weights_of_a_later_update_are_not_taken_along(copy, tmp_path, capsys):
+    lines = (copy / "log.jsonl").read_text().splitlines()
+    row = json.loads(lines[-1])
+    assert row["kind"] == "epoch"
+    (copy / "log.jsonl").write_text("\n".join([*lines, json.dumps(row | {"step": 99, "test_acc": 100.0})]) + "\n")
+    assert cli.main(["train", "--resume", str(copy), "--out", str(tmp_path / "other")]) == 0
+    assert "best is of a later update" in capsys.readouterr().err
+    assert not (tmp_path / "other" / "best").exists() and not (tmp_path / "other" / "last").exists()
+
+
+def test_a_finished_run_without_its_log(copy, capsys):
+    (copy / "log.jsonl").unlink()
+    assert cli.main(["train", "--resume", str(copy)]) == 0
+    out, err = capsys.readouterr()
+    assert "has lost the accuracy" in out and "some of the log is lost" in err and "no report.md" in err
+    assert json.loads((copy / "status.json").read_text())["state"] == "finished"
+
+
+def test_checkpoints_of_another_model(copy, capsys):
+    info = json.loads((copy / "run.json").read_text())
+    info["config"]["model"]["embed_dim"] = 64
+    (copy / "run.json").write_text(json.dumps(info))
+    assert "is of another model than the config's" in fails(capsys, "train", "--resume", copy)
+    assert json.loads((copy / "status.json").read_text())["state"] == "failed"
+
+
+def test_what_a_run_started_from_is_told_and_not_needed_later(copy, tmp_path, capsys):
+    args = ["train", "--recipe", "digits", *FAST_ARGS, "--epochs", "1", "--sched.warmup_epochs", "0"]
+    args += ["--model.weights", copy, "--model.linear_probe", "--loss.distillation", "hard"]
+    args += ["--loss.teacher", "mpvg_deit_tiny_patch16_224", "--loss.teacher_weights", copy / "best"]
+    assert cli.main([str(arg) for arg in [*args, "--out", tmp_path / "run"]]) == 0
+    err = capsys.readouterr().err
+    assert f"mpvg: Loaded the weights of {copy / 'last'}." in err and f"Loaded the weights of {copy / 'best'}." in err
+    shutil.rmtree(copy)
+    assert cli.main(["eval", str(tmp_path / "run")]) == 0
+
+
 def test_profile(tmp_path):
     args = ["train", "--recipe", "digits", "--out", tmp_path / "run", *FAST_ARGS, "--epochs", "1", "--profile"]
     assert cli.main([str(arg) for arg in [*args, "--sched.warmup_epochs", "0"]]) == 0
@@ -301,6 +345,8 @@ def test_weights_of_another_model(copy, capsys):
             lambda f: (f / "run.json").write_text('{"config": {"epoch": 3}, "versions": {"mpvg_kernels": "9.1"}}'),
             "unknown config field 'epoch'; did you mean 'epochs'? (the config was written by mpvg_kernels 9.1",
         ),
+        (lambda f: (f / "run.json").write_text('{"config": {"epochs": "two"}}'), "a value of the wrong kind ('>='"),
+        (lambda f: (f / "run.json").write_text('{"config": {"model": null}}'), "a value of the wrong kind ("),
         (lambda f: shutil.rmtree(f / "last"), "does not exist: the run has not saved its last weights"),
         (lambda f: (f / "last" / "model.safetensors").write_bytes(b"12345678"), "can't be read as safetensors"),
     ],
@@ -324,6 +370,14 @@ def test_missing_extra(tmp_path, monkeypatch, capsys, missing):
     message = fails(capsys, "train", "--recipe", "digits", "--out", tmp_path / "run", *FAST_ARGS)
     package = missing.partition(".")[0]
     assert f"{package} is not installed; `pip install 'mpvg_kernels[train]'` brings it" in message
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("field, value", [("tensorboard", "True"), ("wandb", "project")])
+def test_missing_logger(tmp_path, monkeypatch, capsys, field, value):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    message = fails(capsys, *("train", "--recipe", "digits", "--out", tmp_path / "run", f"--log.{field}", value))
+    assert f"config field log.{field} is " in message and f"`pip install {field}` brings it" in message
     assert not list(tmp_path.iterdir())
 
 

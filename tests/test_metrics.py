@@ -1,9 +1,15 @@
 """What a run measures and logs: sums on the device, spikes, skipped updates, log files on a full disk, the progress."""
 
 import errno
+import fcntl
+import io
 import json
+import math
 import os
+import pty
+import struct
 import sys
+import termios
 from pathlib import Path
 
 import pytest
@@ -27,7 +33,8 @@ def test_meter_leaves_skipped_updates_out_of_the_means():
     meter.add(torch.tensor([4.0, 0, 4, 4, 1, 0], dtype=torch.float64))
     assert meter.read(World()) == {"loss": 1.5, "acc": 50.0, "grad_norm": 3.0, "skipped": 1, "images": 8}
     meter.reset()
-    assert meter.read(World())["images"] == 0  # and no division by zero
+    found = meter.read(World())  # no division by zero, and no loss of 0 that looks like success
+    assert found["images"] == 0 and math.isnan(found["loss"]) and math.isnan(found["acc"])
 
 
 def skipped(pattern: str, losses: str | None = None) -> tuple[int, int, bool]:
@@ -170,3 +177,33 @@ def test_wandb_goes_on_in_the_same_run(tmp_path, monkeypatch):
 def test_a_log_that_is_cut_mid_line_is_read(tmp_path):
     (tmp_path / "log.jsonl").write_text(json.dumps({"kind": "train", "step": 1}) + '\n{"kind": "tra')
     assert read_log(tmp_path, "train") == [{"kind": "train", "step": 1}]
+
+
+def test_output_that_cannot_be_written_stops_nothing(tmp_path, monkeypatch):
+    """A scheduler keeps the output in a file, often on the disk of the runs."""
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, io.TextIOWrapper(io.FileIO("/dev/full", "w"), write_through=True))
+    with RunLog(tmp_path, 4) as log:
+        log.say("text")
+        log.warn("text")
+        log.epoch(EPOCH, True)
+    assert len(read_log(tmp_path, "epoch")) == 1
+
+
+def test_other_processes_say_nothing(capsys):
+    with RunLog(None, 4) as log:
+        log.warn("the first says it")
+        log.say("and this")
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("lines", [0, 40])
+def test_bar_needs_a_terminal_with_a_size(tmp_path, monkeypatch, capsys, lines):
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", lines, 150, 0, 0))
+    with open(theirs, "w") as terminal:
+        monkeypatch.setattr(sys, "stderr", terminal)
+        with RunLog(tmp_path, 4) as log:
+            log.epoch(EPOCH, True)
+    os.close(ours)
+    assert ("epoch   1" in capsys.readouterr().out) == (lines == 0)

@@ -170,7 +170,9 @@ def test_a_loss_that_is_not_finite_changes_nothing(monkeypatch, name, value):
             for name, of in loop.distributed.optimizer_state(trainer.optimizer, trainer.model)["parameters"].items()
         },
     )
+    counted = trainer.window.sums[:3].clone()  # loss, correct, images
     losses_of(trainer, 1)
+    assert torch.equal(trainer.window.sums[:3], counted)
     assert all(torch.equal(value, before[name]) for name, value in trainer.model.state_dict().items())
     after = loop.distributed.optimizer_state(trainer.optimizer, trainer.model)["parameters"]
     assert all(torch.equal(after[n][k], value) for n, of in state.items() for k, value in of.items())

@@ -504,10 +504,15 @@ def from_dict(values: dict[str, Any], written_by: str | None = None) -> Config:
         written_by: the version of mpvg_kernels that wrote it, for the error.
 
     Raises:
-        InputError: a field that this version does not know.
+        InputError: a field that this version does not know, or a value of the wrong kind.
     """
     try:
-        return _build(Config, values)
+        try:
+            return _build(Config, values)
+        except (TypeError, AttributeError, ValueError) as error:  # from the checks of the values
+            raise InputError(
+                f"the config has a value of the wrong kind ({error}); expected what --print-config prints"
+            ) from None
     except InputError as error:
         if written_by is None:
             raise

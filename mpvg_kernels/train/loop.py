@@ -13,6 +13,7 @@ goes on is bitwise the one that was not.
 """
 
 import contextlib
+import dataclasses
 import math
 import os
 import shutil
@@ -36,11 +37,11 @@ from .data import Batch, BatchAugmentation, create_data, seed_everything
 from .distributed import Agreement, World, pick_device, together
 from .guards import SkippedUpdates
 from .losses import Distillation, create_loss
-from .metrics import Meter, RunLog, Spikes, memory_mb, peak_tflops, read_log
+from .metrics import Meter, RunLog, Spikes, check_installed, memory_mb, peak_tflops, read_log
 from .model import create_model, train_mode
 from .optim import create_optimizer, create_schedule, describe
 from .report import write_report
-from .run_folder import RunFolder, machine, print_warning
+from .run_folder import WEIGHTS, RunFolder, machine, print_warning, reason, show
 from .signals import Signals
 
 UPDATE = 1
@@ -194,7 +195,7 @@ class Trainer:
         row = torch.stack(
             [
                 torch.where(bad_losses > 0, 0.0, loss),
-                correct,
+                torch.where(bad_losses > 0, 0.0, correct),
                 torch.where(bad_losses > 0, 0, images).double(),
                 torch.where(skipped, 0.0, norm).double(),
                 torch.ones_like(loss),
@@ -408,7 +409,8 @@ class Run:
                 trainer.check()
             interval = config.checkpoint.interval
             if interval is not None and trainer.updates % interval == 0 and trainer.step < trainer.data.steps:
-                self.save()
+                if trainer.data.ordered:  # a stream can be entered at its beginning only
+                    self.save()
         return round((trainer.step - first) * config.batch / (time.perf_counter() - begin), 1)
 
     def _log_interval(self, lr: float, updates: int, start: float) -> None:
@@ -503,15 +505,19 @@ class Run:
         """
         if not self.agree(self.signals.received is not None):
             return
-        trainer = self.trainer
-        self.save(background=False)
+        trainer, goes_on = self.trainer, "the same command with --resume auto goes on"
+        where = f" in {self.folder.path}" if self.folder is not None else ""
+        if trainer.data.ordered or trainer.step in (0, trainer.data.steps):
+            self.save(background=False)
+            done = f"saved{where} at update {trainer.updates} of {trainer.total}; {goes_on}"
+        else:
+            done = (
+                f"stopped at update {trainer.updates} of {trainer.total}; {goes_on}{where} from the beginning of epoch "
+            )
+            done += f"{trainer.epoch}, as a stream of images can't be entered in the middle"
         if self.folder is not None:
             self.folder.set_status("preempted", epoch=trainer.epoch, step=trainer.updates, best_acc=trainer.best)
-        where = f" in {self.folder.path}" if self.folder is not None else ""
-        stopped = Stopped(
-            f"{self.signals.received or 'a signal to another process'}: saved{where} at update {trainer.updates} of "
-            f"{trainer.total}; the same command with --resume auto goes on"
-        )
+        stopped = Stopped(f"{self.signals.received or 'a signal to another process'}: {done}")
         stopped.shared = True
         raise stopped
 
@@ -566,6 +572,7 @@ def train(config: Config, out: Path | None, recipe: str, resume: str = "never") 
     device = pick_device(config.device, world)
     with Signals() as signals, cpu_threads(config.threads), distributed.process_group(world, device, config):
         start = time.perf_counter()
+        together(world, lambda: check_installed(config.log), main_only=True)
         trainer, folder, checkpoints = _prepare(config, out, recipe, resume, world, device)
         main = folder is not None
         try:
@@ -593,11 +600,15 @@ def train(config: Config, out: Path | None, recipe: str, resume: str = "never") 
                 checkpoints.wait()
         if not main:
             return None
-        last = read_log(folder.path, "epoch")[-1]
+        # Not there if the log was removed, or the disk was full to the end.
+        last = next((row for row in read_log(folder.path, "epoch") if row["step"] == trainer.updates), {})
         figures = {name: last[name] for name in ("test_acc", "ema_acc") if name in last}
-        folder.set_status("finished", epoch=last["epoch"], step=last["step"], **figures)
+        folder.set_status("finished", epoch=config.total_epochs, step=trainer.updates, **figures)
+        if not figures:
+            show(f"finished; {folder.path / 'log.jsonl'} has lost the accuracy, which `mpvg eval {folder.path}` finds")
+            return folder
         ema = f", EMA {last['ema_acc']:.2f} %" if "ema_acc" in last else ""
-        print(
+        show(
             f"test accuracy {last['test_acc']:.2f} %{ema} after {config.total_epochs} epochs, "
             f"{time.perf_counter() - start:.0f} s; report in {folder.path / 'report.md'}"
         )
@@ -605,6 +616,9 @@ def train(config: Config, out: Path | None, recipe: str, resume: str = "never") 
 
 
 def _report(folder: RunFolder) -> None:
+    if not any("test_acc" in row for row in read_log(folder.path, "epoch")):
+        print_warning(f"{folder.path / 'log.jsonl'} has no evaluated epoch, so there is no report.md")
+        return
     try:
         write_report(folder)
     except OSError as error:  # the disk is full; all that it says is in the logs
@@ -622,9 +636,14 @@ def _prepare(
     trainer = Trainer(config, world, device, start=path is None)
     try:
         opened = together(world, lambda: _open(trainer, out, recipe, found), main_only=True)
-        if path is not None:
-            together(world, lambda: trainer.restore(restored or _checkpoints(run_of(path), config).open(path)))
         folder, checkpoints = opened or (None, None)
+        if path is not None:
+            try:
+                together(world, lambda: trainer.restore(restored or _checkpoints(run_of(path), config).open(path)))
+            except InputError as error:
+                if folder is not None:
+                    folder.set_status("failed", step=restored.step, error=f"InputError: {error}")
+                raise
         if folder is not None:
             _say(trainer, folder, path)
     except BaseException:
@@ -677,8 +696,7 @@ def _open(trainer: Trainer, out: Path, recipe: str, found: _Found | None) -> tup
         check_same_run(folder, trainer)
         if out.resolve() != folder.path.resolve():
             folder = RunFolder.create(out, info)
-            for name in LOGS:
-                shutil.copyfile(found.folder.path / name, out / name)
+            _copy_past(found.folder, folder, found.restored)
     restored = found and found.restored
     checkpoints = _checkpoints(folder, config)
     weights = sum(t.nbytes for t in trainer.model.state_dict().values())
@@ -690,6 +708,28 @@ def _open(trainer: Trainer, out: Path, recipe: str, found: _Found | None) -> tup
     )
     folder.set_status("running", step=step)
     return folder, checkpoints
+
+
+def _copy_past(source: RunFolder, folder: RunFolder, restored: Restored) -> None:
+    """Copy a run's logs into another folder, and those of its weights that are no younger than the checkpoint."""
+    try:
+        for name in LOGS:
+            if (source.path / name).exists():
+                shutil.copyfile(source.path / name, folder.path / name)
+        epochs = read_log(source.path, "epoch") if (source.path / "log.jsonl").exists() else []
+        best = max((row.get("test_acc", -1.0) for row in epochs), default=-1.0)
+        of_then = dict.fromkeys(WEIGHTS, all(row["step"] <= restored.step for row in epochs))
+        of_then["best"] = best == restored.state["best"]
+        for name in WEIGHTS:
+            if of_then[name] and (source.path / name).is_dir():
+                shutil.copytree(source.path / name, folder.path / name)
+    except OSError as error:
+        raise InputError(f"{source.path} can't be copied to {folder.path} ({reason(error)})") from None
+    if epochs and not of_then["best"]:
+        print_warning(
+            f"{source.path / 'best'} is of a later update: {folder.path / 'best'} comes with the first accuracy above "
+            f"{restored.state['best']:.2f} %"
+        )
 
 
 def run_of(path: Path) -> RunFolder:
@@ -734,12 +774,11 @@ def _say(trainer: Trainer, folder: RunFolder, restored_from: Path | None) -> Non
         if world.size == 1
         else f"{world.size} processes ({config.dist.mode}), {trainer.device.type}"
     )
-    print(
+    show(
         f"{config.model.name} ({config.model.scheme}), {parameters:,} parameters, "
         f"{trainer.flops / 1e9:.2f} GFLOP an image forward, on {where} with the {trainer.backend} backend\n"
         f"{describe(config, trainer.data.steps, world, trainer.optimizer)}\nrun folder {folder.path}"
         + (f", goes on from {restored_from.name}" if restored_from else ""),
-        flush=True,
     )
 
 

@@ -4,7 +4,10 @@ A run that is cut off and resumed leaves the same lines as one that was not, the
 back to where the checkpoint was made (`RunLog.files`), and the sums of a half-filled interval are in it (`Meter`).
 """
 
+import importlib.util
 import json
+import math
+import os
 import resource
 import sys
 import time
@@ -18,7 +21,10 @@ from matplotlib.figure import Figure  # needs no display and has no global state
 from torch import Tensor
 from tqdm import tqdm
 
+from . import InputError
+from .config import Log
 from .distributed import World
+from .run_folder import show
 
 COLUMNS = ("epoch", "step", "lr", "train_loss", "train_acc", "test_loss", "test_acc", "ema_loss", "ema_acc")
 COLUMNS += ("grad_norm", "skipped", "bad_images", "img_s")
@@ -49,7 +55,10 @@ class Meter:
         self.sums.zero_()
 
     def read(self, world: World) -> dict[str, float]:
-        """loss (mean over images), acc (percent), grad_norm (mean over the updates not skipped), skipped, images."""
+        """loss (mean over images), acc (percent), grad_norm (mean over the updates not skipped), skipped, images.
+
+        Images of a micro-batch whose loss was not finite are left out; where there are no others loss and acc are nan.
+        """
         sums = self.sums.clone()
         if world.size > 1:
             shared = sums[:3].clone()  # the others are the same on every process
@@ -57,8 +66,8 @@ class Meter:
             sums[:3] = shared
         loss, correct, images, grad_norm, updates, skipped = sums.tolist()  # waits for the device
         return {
-            "loss": loss / max(images, 1),
-            "acc": 100 * correct / max(images, 1),
+            "loss": loss / images if images else math.nan,
+            "acc": 100 * correct / images if images else math.nan,
             "grad_norm": grad_norm / max(updates - skipped, 1),
             "skipped": int(skipped),
             "images": int(images),
@@ -98,6 +107,15 @@ def peak_tflops(device: torch.device, amp: str, given: float | None) -> float | 
     return next((peak for key, peak in PEAK_TFLOPS.items() if key in name), None)
 
 
+def check_installed(config: Log) -> None:
+    """Raise InputError where the config asks for a logger that is not installed."""
+    for name in ("tensorboard", "wandb"):
+        if (value := getattr(config, name)) and importlib.util.find_spec(name) is None:
+            raise InputError(
+                f"config field log.{name} is {value!r}, and {name} is not installed: `pip install {name}` brings it"
+            )
+
+
 class LogFile:
     """A text file that lines are added to. What a full disk does not take is kept, and tried with the next line."""
 
@@ -130,6 +148,16 @@ class LogFile:
         self._file.close()
 
 
+def _has_terminal() -> bool:
+    """Whether stderr is a terminal with a size; without one (`docker run -t`, some CI) tqdm's bar shows nothing."""
+    if not sys.stderr.isatty():
+        return False
+    try:
+        return os.get_terminal_size(sys.stderr.fileno()).lines > 0
+    except OSError:  # a stand-in without a descriptor, as in notebooks
+        return True
+
+
 class RunLog:
     """log.jsonl (a line every few updates and one an epoch), metrics.csv (a row an epoch), and the progress shown.
 
@@ -157,13 +185,14 @@ class RunLog:
     ):
         self._files: dict[str, LogFile] = {}
         self._bar = self._tensorboard = self._wandb = None
+        self._shown = folder is not None
         self._total, self._epoch_acc, self._last_plain = total, "", time.monotonic()
         if folder is None:
             return
         self._files = {name: LogFile(folder / name, self.warn) for name in ("log.jsonl", "metrics.csv")}
         if not (folder / "metrics.csv").stat().st_size:
             self._files["metrics.csv"].write(",".join(COLUMNS))
-        if sys.stderr.isatty():
+        if _has_terminal():
             self._bar = tqdm(total=total, initial=done, unit="step", dynamic_ncols=True)
         if tensorboard is not False:
             try:
@@ -197,14 +226,14 @@ class RunLog:
         if self._bar is not None:
             self._bar.write(text, file=sys.stderr)
         elif self._files:
-            print(text, flush=True)
+            show(text)
 
     def warn(self, text: str) -> None:
-        """Print a warning."""
+        """Print a warning, on the first process: they all have the same to say."""
         if self._bar is not None:
             self._bar.write(f"warning: {text}", file=sys.stderr)
-        else:
-            print(f"warning: {text}", file=sys.stderr, flush=True)
+        elif self._shown:
+            show(f"warning: {text}", sys.stderr)
 
     def _numbers(self, row: dict[str, Any], prefix: str) -> None:
         numbers = {f"{prefix}/{k}": v for k, v in row.items() if isinstance(v, int | float) and k != "step"}
@@ -267,7 +296,7 @@ def plot_curves(folder: Path) -> None:
     train, epochs = read_log(folder, "train"), [r for r in read_log(folder, "epoch") if "test_acc" in r]
     figure = Figure((10, 3.6), layout="constrained")
     for axes, key, label in zip(figure.subplots(1, 2), ("loss", "acc"), ("loss", "accuracy (%)"), strict=True):
-        x, y = zip(*((r["step"], r[key]) for r in train), strict=True)
+        x, y = [r["step"] for r in train], [r[key] for r in train]
         axes.plot(x, y, lw=0.8, color="0.6", label="training batches (augmented)")
         for name, colour, what in (("test", "C0", "held-out images"), ("ema", "C1", "held-out images, EMA")):
             points = [(r["step"], r[f"{name}_{key}"]) for r in epochs if f"{name}_{key}" in r]

@@ -22,7 +22,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import safetensors
 import safetensors.torch
@@ -87,9 +87,15 @@ def reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}" if found is None else found.strerror or str(found)
 
 
+def show(text: str, file: IO[str] | None = None) -> None:
+    """Print a line; where the output goes to a disk that is full, or to nobody, the run is not to stop for that."""
+    with contextlib.suppress(OSError):
+        print(text, file=file, flush=True)
+
+
 def print_warning(message: str) -> None:
     """Say a warning on stderr."""
-    print(f"mpvg: warning: {message}", file=sys.stderr, flush=True)
+    show(f"mpvg: warning: {message}", sys.stderr)
 
 
 class RunFolder:
