@@ -799,6 +799,8 @@ def evaluate_run(path: Path, weights: str, fields: list[str] | None = None) -> d
     config = folder.config()
     if fields:
         config = from_args(config, fields, "mpvg eval RUN")
+    # What the run started from and its teacher may be gone by now; neither is needed.
+    config = dataclasses.replace(config, loss=dataclasses.replace(config.loss, distillation="none"))
     trainer = Trainer(config, start=False)
     try:
         check_classes(folder, trainer.data.class_names)
