@@ -143,6 +143,31 @@ def test_interrupt(tmp_path):
     assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "preempted"
 
 
+def test_a_stream_goes_on_from_the_beginning_of_an_epoch(run, tmp_path, monkeypatch, capsys):
+    from mpvg_kernels.train import data, loop
+
+    monkeypatch.setattr(data.Digits, "ordered", False)
+    args = ["train", "--recipe", "digits", "--out", str(tmp_path / "run"), *FAST_ARGS, "--resume", "auto"]
+    args += ["--checkpoint.interval", "5", "--optim.lr", "3e-3"]  # as the run that nothing happened to
+    plain = loop.Trainer.update
+
+    def update(self, batches):
+        if self.updates == 30:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return plain(self, batches)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Trainer, "update", update)
+        assert cli.main(args) == 75
+    said = "SIGTERM: stopped at update 31 of 44; the same command with --resume auto goes on in"
+    err = capsys.readouterr().err
+    assert said in err and "from the beginning of epoch 2, as a stream of images can't be entered in the middle" in err
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000022"]
+    assert cli.main(args) == 0 and "goes on from step-00000022" in capsys.readouterr().out
+    weights = [folder / "last" / "model.safetensors" for folder in (run[0], tmp_path / "run")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
 def test_diverged_training(tmp_path, capsys):
     args = ["train", "--recipe", "digits", "--out", tmp_path / "run", *FAST_ARGS, "--optim.lr", "1e30"]
     assert cli.main([str(arg) for arg in args]) == 1
