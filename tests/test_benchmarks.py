@@ -21,6 +21,7 @@ import bench_norm_pool  # noqa: E402
 import bench_overhead  # noqa: E402
 import bench_pe_chain  # noqa: E402
 import bench_train  # noqa: E402
+import bench_trainer  # noqa: E402
 import harness  # noqa: E402
 import operators  # noqa: E402
 import peers  # noqa: E402
@@ -28,6 +29,8 @@ import plots  # noqa: E402
 from operators import Case  # noqa: E402
 
 import mpvg_kernels as mk  # noqa: E402
+from mpvg_kernels.train import config as configs  # noqa: E402
+from mpvg_kernels.train import loop  # noqa: E402
 
 SMALL = ["--sizes", "2x5x16"]
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -396,6 +399,53 @@ def test_a_heat_map_needs_a_baseline(tmp_path, capsys):
     plots.heatmap(tmp_path / "none.png", [row], "machine")
     assert "nothing was timed beside a baseline" in capsys.readouterr().err
     assert not (tmp_path / "none.png").exists()
+
+
+# ---- the trainer
+
+
+def test_the_trainer_against_plain_loops(tmp_path, capsys):
+    report = tmp_path / "rows.json"
+    assert bench_trainer.main(["--quick", "--folder", str(tmp_path), "--json", str(report)]) == 0
+    rows = json.loads(report.read_text())["rows"]
+    assert [row["op"] for row in rows] == ["overhead", "overhead", "checkpoint", "weights", "images", "images"]
+    assert all(row["status"] == "ok" for row in rows)
+    for row in rows[:2]:
+        assert row["parts_ms"]["model step"] > row["parts_ms"]["gradient norm"] > 0
+        assert row["parts_percent"] < 100 * row["loop_ms"] / row["step_ms"]
+        low, high = row["overhead_percent_ci95"]
+        assert low <= row["overhead_percent"] <= high
+    weights = rows[3]["megabytes"]
+    assert rows[2]["megabytes"] == pytest.approx(4 * weights)  # with their average and Adam's two moments
+    assert all(row["vs_timm"] > 0 for row in rows[4:])
+    assert list(tmp_path.iterdir()) == [report]  # nothing else is left
+    assert "digits recipe" in capsys.readouterr().out
+
+
+def test_the_plain_step_is_the_trainers():
+    """What the trainer's loop is measured against does the same work: the weights are the same behind it."""
+    settings = configs.Config(batch=4, model=configs.Model(embed_dim=32, depth=2, num_heads=2))
+    data = bench_trainer.OneBatch(settings, (3, 32, 32), 10, 2)
+    trainer, other = (bench_trainer.make_trainer(settings, data) for _ in range(2))
+    step = bench_trainer.PlainStep(trainer.config, other.model)
+    for group in step.optimizer.param_groups:
+        group["lr"] = trainer.lr  # of the warm-up's first update
+    before = [p.clone() for p in other.trained]
+    loop.train_mode(trainer.model, settings)
+    loop.train_mode(other.model, settings)
+    assert trainer.update(data.train_batches(1)).item() == pytest.approx(step(*data.batch).item())
+    for expected, found in zip(trainer.trained, other.trained, strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    assert any(not torch.equal(old, found) for old, found in zip(before, other.trained, strict=True))
+
+
+def test_a_save_that_fails_is_said_so(tmp_path, monkeypatch, capsys):
+    def refuse(self, snapshot, background=True):
+        self.warn("the disk is full")
+
+    monkeypatch.setattr(bench_trainer.Checkpoints, "save", refuse)
+    assert bench_trainer.main(["--quick", "--only", "checkpoint", "--folder", str(tmp_path)]) == 1
+    assert "failed: the disk is full" in capsys.readouterr().out
 
 
 # ---- peers

@@ -180,6 +180,7 @@ def test_a_loss_that_is_not_finite_changes_nothing(monkeypatch, name, value):
     assert not torch.equal(trainer.model.head.weight, before["head.weight"])
     found = trainer.window.read(trainer.world)
     assert found["skipped"] == 1 and found["loss"] < 5 and found["grad_norm"] < 100
+    assert found["images"] == 2 * SMALL.batch  # of the other two updates
     trainer.check()
 
 

@@ -17,6 +17,9 @@ class SkippedUpdates:
 
     def add(self, skipped: Tensor, bad_loss: Tensor, update: int) -> None:
         """Count update number `update` (from 0): was it skipped, was its loss not finite here (scalars, bool)."""
+        if skipped.device.type == "cpu" and not skipped:  # there is nothing to wait for, and nearly always this to do
+            self.state[0] = 0
+            return
         now, first, loss, *longest = self.state.unbind()
         goes_on = now > 0
         row = torch.stack(

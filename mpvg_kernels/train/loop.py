@@ -186,22 +186,17 @@ class Trainer:
                 loss, logits = self._loss(output, x, target)
                 # Where the loss is not finite every gradient shall be, on every process: then all skip the update.
                 finite = loss.detach().isfinite()
-                self.scaler.scale(loss * torch.where(finite, 1.0, math.nan) / parts).backward()
+                self.scaler.scale(loss * torch.where(finite, 1 / parts, math.nan)).backward()
             labels = target if target.ndim == 1 else target.argmax(-1)
-            sums.append(torch.stack([loss.detach() * len(x), (logits.argmax(-1) == labels).sum(), ~finite]))
+            sums.append(torch.stack([loss.detach() * len(x), (logits.argmax(-1) == labels).sum()]))
             images = len(x) * parts
-        loss, correct, bad_losses = torch.stack(sums).double().sum(0).unbind()
-        norm, skipped = self._apply_gradients(bad_losses > 0)
-        row = torch.stack(
-            [
-                torch.where(bad_losses > 0, 0.0, loss),
-                torch.where(bad_losses > 0, 0.0, correct),
-                torch.where(bad_losses > 0, 0, images).double(),
-                torch.where(skipped, 0.0, norm).double(),
-                torch.ones_like(loss),
-                skipped.double(),
-            ]
-        )
+        loss, correct = torch.stack(sums).double().sum(0).unbind()
+        bad_loss = ~loss.isfinite()
+        norm, skipped = self._apply_gradients(bad_loss)
+        # In fp64. A loss or norm that is not finite counts as 0.
+        counted = ~bad_loss
+        row = torch.stack([loss, correct * counted, images * counted, norm, torch.ones_like(loss), skipped])
+        row.nan_to_num_(0.0, 0.0, 0.0)
         self.window.add(row)
         self.whole.add(row)
         self.updates += 1
@@ -224,8 +219,8 @@ class Trainer:
         Fused optimizers skip by themselves, so that the GPU is not waited for; others have to be asked to.
         """
         self.scaler.unscale_(self.optimizer)
-        gradients = [p.grad for p in self.trained if p.grad is not None]
-        norm = distributed.whole(nn.utils.get_total_norm(gradients))
+        norm = nn.utils.get_total_norm([grad for p in self.trained if (grad := p.grad) is not None])
+        norm = distributed.whole(norm)
         if self.config.optim.clip_grad is not None:
             nn.utils.clip_grads_with_norm_(self.trained, self.config.optim.clip_grad, norm)
         skipped = ~norm.isfinite()
