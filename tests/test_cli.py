@@ -290,7 +290,7 @@ def test_import_brings_none_of_the_extras():
         ("train --recipe digits --model.scheme nonsense", "nonsense"),
         ("train --recipe digits stray", "stray"),
         ("train --resume auto", "mpvg train needs --recipe NAME"),
-        ("train --resume nowhere", "mpvg train needs --recipe NAME"),
+        ("train --resume nowhere", "nowhere is not a run folder, nor a checkpoint in one"),
         ("train --recipe digits --resume nowhere", "nowhere is not a run folder"),
         ("eval", "required: RUN"),
         ("eval nowhere", "nowhere is not a run folder: it has no run.json"),
