@@ -319,6 +319,14 @@ def test_run_folder_in_a_file(tmp_path, capsys):
     assert "can't be written (Not a directory)" in message
 
 
+def test_no_room_for_a_checkpoint(tmp_path, monkeypatch, capsys):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1_000_000))
+    message = fails(capsys, "train", "--recipe", "digits", "--out", tmp_path / "run", *FAST_ARGS)
+    assert "has 1 MB free" in message and re.search(r"takes 1\.\d+ MB beside", message)
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "failed"
+
+
 def test_empty_folder_is_fine(tmp_path):
     checkpoint.RunFolder.create(tmp_path, {"recipe": "x"})
     assert checkpoint.RunFolder(tmp_path).info == {"recipe": "x"}
