@@ -60,6 +60,10 @@ def start_of_run(args: argparse.Namespace):
     folder = args.out if args.resume == "auto" else None if args.resume == "never" else Path(args.resume)
     while folder is not None and not (folder / "run.json").exists() and folder.name:
         folder = folder.parent if folder.name.startswith(("step-", "checkpoints")) else None
+    if folder is None and args.resume not in ("never", "auto"):
+        raise InputError(
+            f"{args.resume} is not a run folder, nor a checkpoint in one; expected what `mpvg train` wrote"
+        )
     if folder is None:
         raise InputError(f"mpvg train needs --recipe NAME: there is {', '.join(recipes.names())}")
     from .train.checkpoint import RunFolder

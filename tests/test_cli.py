@@ -315,7 +315,7 @@ def test_import_brings_none_of_the_extras():
         ("train --recipe digits --model.scheme nonsense", "nonsense"),
         ("train --recipe digits stray", "stray"),
         ("train --resume auto", "mpvg train needs --recipe NAME"),
-        ("train --resume nowhere", "mpvg train needs --recipe NAME"),
+        ("train --resume nowhere", "nowhere is not a run folder, nor a checkpoint in one"),
         ("train --recipe digits --resume nowhere", "nowhere is not a run folder"),
         ("eval", "required: RUN"),
         ("eval nowhere", "nowhere is not a run folder: it has no run.json"),
@@ -342,6 +342,14 @@ def test_run_folder_in_a_file(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     message = fails(capsys, "train", "--recipe", "digits", "--out", tmp_path / "file" / "run", *FAST_ARGS)
     assert "can't be written (Not a directory)" in message
+
+
+def test_no_room_for_a_checkpoint(tmp_path, monkeypatch, capsys):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1_000_000))
+    message = fails(capsys, "train", "--recipe", "digits", "--out", tmp_path / "run", *FAST_ARGS)
+    assert "has 1 MB free" in message and re.search(r"takes 1\.\d+ MB beside", message)
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "failed"
 
 
 def test_empty_folder_is_fine(tmp_path):

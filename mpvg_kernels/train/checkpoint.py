@@ -117,7 +117,7 @@ class Checkpoints:
         in_older = sum(file.stat().st_size for path in there[1:] for file in path.iterdir())
         if free + in_older < size + weights + SLACK:
             raise InputError(
-                f"{self.folder} has {_bytes(free)} free, and a checkpoint takes {_bytes(size)} beside "
+                f"{self.folder} has {_bytes(free)} free, and a checkpoint takes {_bytes(size + SLACK)} beside "
                 f"{_bytes(weights)} of weights: make room, or choose another folder with --out"
             )
         # One more than are kept, as an old one goes only when the new one is whole.

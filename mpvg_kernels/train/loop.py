@@ -695,7 +695,11 @@ def _open(trainer: Trainer, out: Path, recipe: str, found: _Found | None) -> tup
     restored = found and found.restored
     checkpoints = _checkpoints(folder, config)
     weights = sum(t.nbytes for t in trainer.model.state_dict().values())
-    checkpoints.require_space(trainer.snapshot_bytes(), weights * (3 if trainer.ema else 2))
+    try:
+        checkpoints.require_space(trainer.snapshot_bytes(), weights * (3 if trainer.ema else 2))
+    except InputError as error:
+        folder.set_status("failed", error=f"InputError: {error}")
+        raise
     checkpoints.cut_logs(restored.state if restored else None)
     step = restored.step if restored else 0
     folder.note_start(
