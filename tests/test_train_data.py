@@ -555,10 +555,13 @@ def test_a_bomb_is_unreadable_and_a_warning_is_not(folder, monkeypatch):
 # ---- worker processes
 
 
-def test_workers_leave_signals_alone_and_a_killed_one_is_told(folder, monkeypatch):
+def test_workers_leave_signals_alone_and_a_killed_one_is_told(folder, monkeypatch, request):
     iterator = torch.utils.data.dataloader._MultiProcessingDataLoaderIter
     monkeypatch.setattr(iterator._try_get_data, "__defaults__", (0.2,))  # seconds between two looks at the workers
-    before = signal.getsignal(signal.SIGCHLD)
+    # As in a process that has had no other DataLoader with workers.
+    monkeypatch.setattr(torch.utils.data._utils.signal_handling, "_SIGCHLD_handler_set", False)
+    before, found = signal.SIG_DFL, signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    request.addfinalizer(lambda: signal.signal(signal.SIGCHLD, found))
     data = open_data(of(folder, data__workers=1))
     batches = data.train_batches(1)
     next(batches)
