@@ -14,7 +14,7 @@ from mpvg_kernels.train import InputError, config, recipes
 from mpvg_kernels.train.config import Config, Model, Optim, Sched
 from mpvg_kernels.train.distributed import World
 from mpvg_kernels.train.model import create_model
-from mpvg_kernels.train.optim import create_optimizer, create_schedule, describe, learning_rates, micro_batches
+from mpvg_kernels.train.optim import create_optimizer, create_schedule, describe, learning_rates
 
 STEPS = 5
 DATA = SimpleNamespace(input_size=(3, 32, 32), num_classes=4, preprocessing={"input_size": (3, 32, 32)})
@@ -283,11 +283,3 @@ def test_description():
     assert "peak lr 0.05, 0.0005 for all but the head\n" in text
     assert "batch 128 = 1 process x 1 micro-batch x 128 images\nmomentum, weight decay 0.0005" in text
     assert "over 300 epochs and 10 of cool-down of" in describe(recipes.load("t2t_vit_7_in1k"), 2502)
-
-
-@pytest.mark.parametrize(
-    "batch, size, most, parts", [(64, 1, None, 1), (64, 2, 32, 1), (64, 2, 31, 2), (60, 2, 7, 5), (7, 1, 3, 7)]
-)
-def test_micro_batches_are_equal_parts(batch, size, most, parts):
-    found = dataclasses.replace(Config(batch=batch), dist=config.Dist(micro_batch=most))
-    assert micro_batches(found, World(size=size)) == parts

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from ..models.weights import classifier_names
 from . import InputError, near_matches
 from .config import Config, Optim
+from .data.order import accumulation
 from .distributed import World
 
 # ---- optimizer
@@ -203,7 +204,7 @@ def describe(config: Config, steps: int, world: World = World(), optimizer: Opti
         f"{sched.name} schedule{falls}, set every {sched.per}, over {config.epochs} epochs{cooldown} of {steps} updates"
     )
     share = config.batch // world.size
-    parts = micro_batches(config, world)
+    parts = accumulation(config, world)
     lines.append(
         f"batch {config.batch} = {world.size} {'process' if world.size == 1 else 'processes'} x {parts} "
         f"micro-{'batch' if parts == 1 else 'batches'} x {share // parts} images"
@@ -216,11 +217,3 @@ def describe(config: Config, steps: int, world: World = World(), optimizer: Opti
         ]
         lines[-1] += f" on {counts[0]} tensors, none on {counts[1]}"
     return "\n".join(lines)
-
-
-def micro_batches(config: Config, world: World) -> int:
-    """In how many equal parts a process takes its share of a batch: as few as dist.micro_batch allows."""
-    share, most = config.batch // world.size, config.dist.micro_batch
-    if most is None or most >= share:
-        return 1
-    return next(parts for parts in range(-(-share // most), share + 1) if share % parts == 0)
