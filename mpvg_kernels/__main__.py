@@ -98,7 +98,7 @@ def write_result(path: Path | None, result: dict) -> None:
 
 
 def export(args: argparse.Namespace, _: list[str]) -> int:
-    from . import export
+    from .tools import export
 
     options = {name: getattr(args, name) for name in ("weights", "scheme", "img_size", "batch", "kernels")}
     try:

@@ -15,7 +15,7 @@ import torch
 
 import mpvg_kernels as mk
 from mpvg_kernels import __main__ as cli
-from mpvg_kernels import export
+from mpvg_kernels.tools import export
 from mpvg_kernels.train.checkpoint import RunFolder
 
 PLAIN = dict(img_size=(32, 48), embed_dim=24, depth=2, num_heads=2, num_classes=5)

@@ -249,6 +249,9 @@ class Log:
 
     interval: int = 10
     """Updates between two lines of log.jsonl."""
+    pos_interval: int | None = 100
+    """Updates between two looks at the position embedding: norm of LN'_l(pos) and its correlation with LN_l(x) in each
+    layer, lines of kind `pos` in log.jsonl; None never looks."""
     tensorboard: bool | None = None
     """Write TensorBoard's files into the run folder; None does where tensorboard is installed."""
     wandb: str | None = None
@@ -371,6 +374,7 @@ class Config:
         optional("checkpoint.interval", lambda v: v >= 1, "1 or more")
         need(self.checkpoint.keep >= 2, "checkpoint.keep", "2 or more")
         need(self.log.interval >= 1, "log.interval", "1 or more")
+        optional("log.pos_interval", lambda v: v >= 1, "1 or more")
         optional("log.peak_tflops", lambda v: v > 0, "more than 0")
 
     @property

@@ -225,7 +225,8 @@ class RunFolder:
         try:
             tmp.mkdir(exist_ok=True)
             safetensors.torch.save_file(copies, tmp / "model.safetensors", metadata={"format": "pt"})
-            save_config_for_hf(model, tmp / "config.json")
+            names = self.info.get("class_names")
+            save_config_for_hf(model, tmp / "config.json", {"label_names": names} if names else None)
             folder.mkdir(exist_ok=True)
             for file in sorted(tmp.iterdir()):  # config.json is the same all through the run, so the pair always fits
                 _replace(file, folder / file.name)
@@ -238,6 +239,22 @@ class RunFolder:
         finally:
             shutil.rmtree(tmp, ignore_errors=True)
         return True
+
+    def model(self, name: str = "last") -> nn.Module:
+        """The run's model with the weights `name` (one of WEIGHTS), on the CPU, in eval mode; no image is needed.
+
+        Raises:
+            InputError: they are not there, can't be read, or belong to another model.
+        """
+        folder = self.path / name
+        if not (folder / "model.safetensors").exists():
+            raise InputError(f"{folder} holds no weights: the run has not saved its {name} weights")
+        try:
+            model = timm.create_model(f"local-dir:{folder.absolute()}", pretrained=False)
+        except (OSError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise InputError(f"{folder / 'config.json'} is not a model's config of `mpvg train` ({error})") from None
+        self.load(name, model)
+        return model.eval()
 
     def load(self, name: str, model: nn.Module) -> None:
         """Load the weights `name` (one of WEIGHTS) into `model`.

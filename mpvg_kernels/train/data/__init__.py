@@ -3,7 +3,7 @@
 No global random stream matters, nor the number of worker processes; another number of training processes sees the same
 updates. order: who takes which image when; images: data sets with an image at every index, and how they are decoded;
 streams: data sets without; digits: the small one in memory; sources: finding what the config names; batches: what is
-done to a whole batch (mixup, CutMix, random erasing).
+done to a whole batch (mixup, CutMix, random erasing); evaluation: one split alone, to be looked at.
 """
 
 import torch
@@ -14,6 +14,7 @@ from ..distributed import World
 from .base import Batch, Data
 from .batches import BatchAugmentation
 from .digits import Digits, affine_matrices
+from .evaluation import EvalImages, ImageBatch, open_images
 from .order import EpochOrder, key_seed, keyed_generator, seed_everything
 from .sources import DATASETS, STREAMS, prefix
 
@@ -24,10 +25,13 @@ __all__ = [
     "Data",
     "Digits",
     "EpochOrder",
+    "EvalImages",
+    "ImageBatch",
     "affine_matrices",
     "create_data",
     "key_seed",
     "keyed_generator",
+    "open_images",
     "seed_everything",
 ]
 

@@ -26,6 +26,18 @@ def affine_matrices(n: int, aug: Affine, generator: torch.Generator) -> Tensor:
     return torch.where(changed, torch.stack(rows, 1).view(n, 2, 3), torch.eye(2, 3))
 
 
+def load_splits() -> list[tuple[np.ndarray, Tensor, Tensor]]:
+    """The training and the held-out images: their indices in scikit-learn's list, x (n, 1, 8, 8) in 0 to 1, y (n,)."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    images, labels = load_digits(return_X_y=True)
+    x, y = torch.from_numpy(images).float().view(-1, 1, 8, 8) / 16, torch.from_numpy(labels).long()
+    # The split's seed is fixed and has nothing to do with the run's.
+    parts = train_test_split(np.arange(len(labels)), test_size=0.2, stratify=labels, random_state=0)
+    return [(index, x[index], y[index]) for index in parts]
+
+
 class Digits(Data):
     """8x8 pixels, one channel, ten classes; stratified, a fifth held out."""
 
@@ -44,19 +56,10 @@ class Digits(Data):
     }
 
     def __init__(self, config: Config, device: torch.device, world: World = World()):  # noqa: B008
-        from sklearn.datasets import load_digits
-        from sklearn.model_selection import train_test_split
-
-        images, labels = load_digits(return_X_y=True)
-        # The split's seed is fixed and has nothing to do with the run's.
-        self.train_index, self.test_index = train_test_split(
-            np.arange(len(labels)), test_size=0.2, stratify=labels, random_state=0
-        )
-        super().__init__(config, device, world, len(self.train_index), len(self.test_index))
-        x = torch.from_numpy(images).float().view(-1, *self.input_size) / 16
-        y = torch.from_numpy(labels).long()
-        self.train_x, self.train_y = x[self.train_index].to(device), y[self.train_index].to(device)
-        self.test_x, self.test_y = x[self.test_index].to(device), y[self.test_index].to(device)
+        (self.train_index, train_x, train_y), (self.test_index, test_x, test_y) = load_splits()
+        super().__init__(config, device, world, len(train_y), len(test_y))
+        self.train_x, self.train_y = train_x.to(device), train_y.to(device)
+        self.test_x, self.test_y = test_x.to(device), test_y.to(device)
 
     def _normalise(self, x: Tensor) -> Tensor:
         return (x - self.mean[0]) / self.std[0]

@@ -45,6 +45,15 @@ class Splits:
     class_names: list[str] | None
 
 
+@dataclasses.dataclass
+class Split:
+    """timm's or torchvision's data set of one part."""
+
+    images: Any
+    num_classes: int
+    class_names: list[str] | None
+
+
 def prefix(name: str) -> str:
     """`wds` for `wds/imagenet`; `folder` for `folder`."""
     return name.partition("/")[0].lower()
@@ -76,6 +85,31 @@ def open_splits(config: Config, main: bool, **stream_options: Any) -> Splits:
     if names is not None:
         _check_count(config, len(names), f"classes of {data.name}")
     return Splits(train, test, len(names) if names is not None else data.num_classes, names)
+
+
+def open_split(config: Config, field: str | None, name: str) -> Split:
+    """Open one part of the data set alone.
+
+    Args:
+        field: the config field of section data that names it, or None:
+        name: the name that it has in the data set.
+
+    Raises:
+        InputError: it is not there, or not as the config says.
+    """
+    data = config.data
+    if field is None:
+        field, config = "val_split", dataclasses.replace(config, data=dataclasses.replace(data, val_split=name))
+    kind = prefix(data.name)
+    _check_name(data.name, kind)
+    _check_root(config, kind)
+    images = _read_folder(_find_split(config, field)) if kind == "folder" else _create(config, field)
+    names = _class_names(images)
+    if names is None and data.num_classes is None:
+        raise InputError(
+            f"config field data.num_classes is None, expected a number, as {data.name} does not name its classes"
+        )
+    return Split(images, len(names) if names is not None else data.num_classes, names)
 
 
 def _check_name(name: str, kind: str) -> None:

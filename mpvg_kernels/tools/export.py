@@ -25,10 +25,10 @@ import torch
 import torch.fx
 from torch import Tensor, nn
 
-from . import backends
-from .models.patches import check_divides
-from .train import InputError, near_matches
-from .train.checkpoint import RunFolder
+from .. import backends
+from ..models.patches import check_divides
+from ..train import InputError, near_matches
+from ..train.checkpoint import RunFolder
 
 SUFFIXES = {"onnx": ".onnx", "pt2": ".pt2", "safetensors": ""}
 # Largest difference of a logit from eager, over the largest logit: fp32 in another order, or the same bits.
@@ -142,15 +142,7 @@ def _from_run(source: str, weights: str | None, scheme: str | None) -> tuple[nn.
     run, name = RunFolder(source), weights or "last"
     if scheme is not None:
         raise InputError(f"--scheme {scheme}: {source} is a run, and its weights are of its own scheme; leave it out")
-    folder = run.path / name
-    if not (folder / "model.safetensors").exists():
-        raise InputError(f"{folder} holds no weights: the run has not saved its {name} weights")
-    try:
-        model = timm.create_model(f"local-dir:{folder.absolute()}", pretrained=False)
-    except (OSError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise InputError(f"{folder / 'config.json'} is not a model's config of `mpvg train` ({error})") from None
-    run.load(name, model)
-    return model, f"{source} ({name} weights)"
+    return run.model(name), f"{source} ({name} weights)"
 
 
 def _from_name(source: str, weights: str | None, scheme: str | None) -> tuple[nn.Module, str]:
