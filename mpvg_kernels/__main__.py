@@ -41,13 +41,19 @@ def train(args: argparse.Namespace, fields: list[str]) -> int:
             return 0
         fields = ["--help"]
     default, recipe = start_of_run(args)
-    resolved = config.from_args(default, fields, f"mpvg train --recipe {recipe}")
+    resolved, out = config.from_args(default, fields, f"mpvg train --recipe {recipe}"), args.out
+    if args.smoke:
+        from .train import distributed, smoke
+
+        whole, resolved = resolved, smoke.smoke(resolved, distributed.find_world())
+        out, recipe = smoke.run_folder(out, recipe, args.resume), f"{recipe.removesuffix('-smoke')}-smoke"
+        logging.getLogger(__package__).info(smoke.cuts(whole, resolved))
     if args.print_config:
         print(json.dumps(config.to_dict(resolved), indent=2))
         return 0
     from .train import loop
 
-    loop.train(resolved, args.out, recipe, args.resume)
+    loop.train(resolved, out, recipe, args.resume)
     return 0
 
 
@@ -177,6 +183,11 @@ def parser() -> Parser:
         metavar="never|auto|PATH",
         default="never",
         help="auto: go on from the run folder's newest whole checkpoint, or start; PATH: from that run or checkpoint",
+    )
+    sub.add_argument(
+        "--smoke",
+        action="store_true",
+        help="the same in seconds, to see that all fits: two updates of a small batch, in the folder DIR-smoke-TIME",
     )
     sub.add_argument("--print-config", action="store_true", help="print the resolved config as JSON and stop")
     sub = command(

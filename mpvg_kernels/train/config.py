@@ -82,6 +82,11 @@ class Data:
     """Processes that decode and augment images, for each training process; 0 does it in the training process."""
     max_bad_share: float = 0.01
     """Share of the training images that may be unreadable (they are replaced) before the run stops."""
+    max_updates: int | None = None
+    """Most updates of an epoch, which then ends before it has seen all images; None sees all."""
+    max_test_images: int | None = None
+    """Most held-out images that are evaluated while training, evenly over the data set, of a stream the first ones;
+    None takes all."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -325,6 +330,8 @@ class Config:
         optional("data.crop_pct", lambda v: 0 < v <= 1, "more than 0 and at most 1")
         optional("data.std", lambda v: min(v) > 0, "more than 0")
         need(self.data.workers >= 0, "data.workers", "0 or more")
+        optional("data.max_updates", lambda v: v >= 1, "1 or more")
+        optional("data.max_test_images", lambda v: v >= 1, "1 or more")
         for field in ("data.max_bad_share", "aug.affine.prob", "aug.hflip", "aug.erase_prob", "aug.mix_prob"):
             share(field)
         share("aug.mix_switch_prob")
@@ -408,13 +415,14 @@ def ignored(config: Config) -> list[str]:
     """Sentences on fields that are set, and have no effect together with the others."""
     default = Config()
     digits, mixing = config.data.name == "digits", bool(config.aug.mixup or config.aug.cutmix)
+    of_all_data = ("data.name", "data.max_updates", "data.max_test_images")
     cases = [
         # (no effect when, because, the fields)
         (not digits, "it is for data.name=digits", [n for n in field_names() if n.startswith("aug.affine.")]),
         (
             digits,
             "data.name is digits",
-            [n for n in field_names() if n.startswith("data.") and n != "data.name"]
+            [n for n in field_names() if n.startswith("data.") and n not in of_all_data]
             + ["aug.crop", "aug.scale", "aug.ratio", "aug.padding", "aug.interpolation"]
             + ["aug.hflip", "aug.color_jitter", "aug.auto_augment"],
         ),
