@@ -5,7 +5,7 @@ examples; or fenced as text: neither. A command is run as it stands, in the orde
 this:
 
 - `mpvg train` with a recipe gets --smoke, and its run folder gets the name that the page uses;
-- `mpvg study` and `mpvg bench` get their own options for a small run (SHORT);
+- `mpvg study` and `mpvg bench` get their own options for a small run (`shorter`);
 - torchrun and srun start two processes, in which the variables that they set are set;
 - paths at the root of the file system lead into a folder of small generated data;
 - nothing is downloaded: networks are random, CIFAR and streams are generated, and torch.compile does nothing.
@@ -34,10 +34,7 @@ ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 RUNS = {"vit_lite": "vit_lite_7_4_cifar100", "t2t_vit_7": "t2t_vit_7_in1k"}
 """Recipes of runs that pages name otherwise than by the recipe's own name, or its beginning."""
-SHORT = {
-    "study": "--seeds 1 --schemes gap mpvg --jobs 1 --epochs 1 --sched.warmup_epochs 0 --data.max_updates 2".split(),
-    "bench": "--quick --rounds 2".split(),
-}
+STUDY = "--seeds 1 --schemes gap mpvg --jobs 1 --epochs 1 --sched.warmup_epochs 0 --data.max_updates 2"
 DATA = ("/data", "/other", "/scratch")
 SBATCH = set("job-name nodes ntasks-per-node gpus-per-node cpus-per-task time signal requeue open-mode".split())
 # In a job script: what is the shell's own.
@@ -196,13 +193,21 @@ def check_git(args: list[str]) -> None:
         raise Unknown(f"git {args[0]}: not known here")
 
 
-def check_bash(args: list[str]) -> None:
-    """A script of the repository that bash reads; its options are words of it or of the program that it starts."""
+def check_program(args: list[str]) -> None:
+    """A program of the repository, whose options are words of its source; setup.py's are setuptools'."""
     script = ROOT / args[0]
-    subprocess.run(["bash", "-n", script], check=True)
-    known = script.read_text() + (script.with_suffix(".py").read_text() if script.with_suffix(".py").exists() else "")
-    if missing := [arg for arg in args[1:] if not arg.isupper() and arg not in known]:
-        raise Unknown(f"bash {args[0]} {missing[0]}: the script does not know it")
+    if not script.is_file():
+        raise Unknown(f"{args[0]}: no such file")
+    known = "".join(path.read_text() for path in {script, script.with_suffix(".py")} if path.exists())
+    missing = [arg for arg in args[1:] if not arg.isupper() and arg not in known]
+    if missing and args != ["setup.py", "build_ext", "--inplace"]:
+        raise Unknown(f"{args[0]} {missing[0]}: the program does not know it")
+
+
+def check_bash(args: list[str]) -> None:
+    """A script of the repository that bash reads, with options that it has."""
+    check_program(args)
+    subprocess.run(["bash", "-n", ROOT / args[0]], check=True)
 
 
 def check_variable(word: str) -> None:
@@ -219,6 +224,23 @@ CHECKS |= {"cd": lambda args: None, "nvcc": lambda args: None, "ruff": lambda ar
 
 
 # ---- what is run
+
+
+def is_long(args: list[str]) -> bool:
+    """Whether it is an `mpvg train` that would train for long: not one that goes on with a run's own config."""
+    return args[0] == "train" and "--recipe" in args and "--print-config" not in args and "--smoke" not in args
+
+
+def shorter(args: list[str]) -> list[str]:
+    """What is put behind an `mpvg` command to make it take seconds: options that it documents."""
+    if args[0] == "train":
+        return ["--smoke"] * is_long(args)
+    if args[0] == "study":
+        return STUDY.split()
+    if args[0] == "bench":
+        few = {"memory": [], "train": ["--rounds", "2", "--dtypes", "fp32", "--schemes", "mpvg", "--batch", "2"]}
+        return ["--quick", *few.get(args[1], ["--rounds", "2"])]
+    return []
 
 
 class Shell:
@@ -294,8 +316,7 @@ class Shell:
             return subprocess.run(run, cwd=self.folder, env=env, check=True, capture_output=True, text=True).stdout
         if args[0].startswith("benchmarks/bench_"):
             return self.mpvg(["bench", Path(args[0]).stem.removeprefix("bench_"), *args[1:]])
-        if not (ROOT / args[0]).is_file():
-            raise Unknown(f"python {args[0]}: no such file")
+        check_program(args)
         return ""
 
     def mpvg(self, args: list[str], processes: int = 1, launcher: str = "torchrun") -> str:
@@ -307,12 +328,10 @@ class Shell:
             if arg.startswith("runs/") and args[i - 1] != "--out":
                 self.make_run(arg)
                 args[i] = self.checkpoint(arg)
-        smoke = name == "train" and "--recipe" in args and "--print-config" not in args
         if name == "bench":
             (self.folder / "benchmarks" / "results").mkdir(parents=True, exist_ok=True)
-        more = ["--smoke"] if smoke else SHORT.get(name, [])
-        printed = self.start([*args, *more], processes, launcher)
-        if smoke and out is not None:
+        printed = self.start([*args, *shorter(args)], processes, launcher)
+        if is_long(args) and out is not None:
             made = max((self.folder / out.parent).glob(f"{out.name}-smoke-*"))
             target = self.folder / out
             shutil.rmtree(made) if target.exists() else made.rename(target)

@@ -103,7 +103,7 @@ def test_options_in_the_text(page):
         ("pytest -m nothing", "no such file, mark or option"),
         ("pytest tests/test_operators.py -k nothing_here", "no test's name has it"),
         ("bash benchmarks/gpu_suite.sh --stage x", "does not know it"),
-        ("bash benchmarks/gpu_suit.sh", "returned non-zero"),
+        ("bash benchmarks/gpu_suit.sh", "no such file"),
         ("python -c 'raise SystemExit(3)'", "returned non-zero"),
         ("python benchmarks/nothing.py", "no such file"),
         ("wget https://example.org", "a command of no class"),
