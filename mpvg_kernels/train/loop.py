@@ -597,12 +597,12 @@ def train(config: Config, out: Path | None, recipe: str, resume: str = "never") 
             return None
         # Not there if the log was removed, or the disk was full to the end.
         last = next((row for row in read_log(folder.path, "epoch") if row["step"] == trainer.updates), {})
-        figures = {name: last[name] for name in ("test_acc", "ema_acc") if name in last}
+        figures = {name: last[name] for name in ("test_acc", "ema_acc") if last.get(name) is not None}
         folder.set_status("finished", epoch=config.total_epochs, step=trainer.updates, **figures)
         if not figures:
             show(f"finished; {folder.path / 'log.jsonl'} has lost the accuracy, which `mpvg eval {folder.path}` finds")
             return folder
-        ema = f", EMA {last['ema_acc']:.2f} %" if "ema_acc" in last else ""
+        ema = f", EMA {figures['ema_acc']:.2f} %" if "ema_acc" in figures else ""
         show(
             f"test accuracy {last['test_acc']:.2f} %{ema} after {config.total_epochs} epochs, "
             f"{time.perf_counter() - start:.0f} s; report in {folder.path / 'report.md'}"
@@ -611,7 +611,7 @@ def train(config: Config, out: Path | None, recipe: str, resume: str = "never") 
 
 
 def _report(folder: RunFolder) -> None:
-    if not any("test_acc" in row for row in read_log(folder.path, "epoch")):
+    if not any(row.get("test_acc") is not None for row in read_log(folder.path, "epoch")):
         print_warning(f"{folder.path / 'log.jsonl'} has no evaluated epoch, so there is no report.md")
         return
     try:
@@ -715,7 +715,7 @@ def _copy_past(source: RunFolder, folder: RunFolder, restored: Restored) -> None
         for name in LOGS:
             if (source.path / name).exists():
                 shutil.copyfile(source.path / name, folder.path / name)
-        epochs = read_log(source.path, "epoch") if (source.path / "log.jsonl").exists() else []
+        epochs = read_log(source.path, "epoch")
         best = max((row.get("test_acc", -1.0) for row in epochs), default=-1.0)
         of_then = dict.fromkeys(WEIGHTS, all(row["step"] <= restored.step for row in epochs))
         of_then["best"] = best == restored.state["best"]
