@@ -38,7 +38,7 @@ from .distributed import Agreement, World, pick_device, together
 from .guards import SkippedUpdates
 from .losses import Distillation, create_loss
 from .metrics import Meter, RunLog, Spikes, check_installed, memory_mb, peak_tflops, read_log
-from .model import create_model, train_mode
+from .model import autocast, create_model, train_mode
 from .optim import create_optimizer, create_schedule, describe
 from .report import write_report
 from .run_folder import WEIGHTS, RunFolder, machine, print_warning, reason, show
@@ -163,8 +163,7 @@ class Trainer:
         return max(group["lr"] for group in self.optimizer.param_groups)
 
     def autocast(self) -> torch.autocast:
-        dtype = torch.float16 if self.config.amp == "fp16" else torch.bfloat16
-        return torch.autocast(self.device.type, dtype, enabled=self.config.amp != "none")
+        return autocast(self.config.amp, self.device)
 
     def _next(self, batches: Iterator[Batch]) -> Batch:
         start = time.perf_counter()
