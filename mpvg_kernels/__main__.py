@@ -1,4 +1,4 @@
-"""The `mpvg` command: train, eval, export, recipes, info, bench, demo.
+"""The `mpvg` command: train, eval, export, report, recipes, info, bench, demo.
 
 Exit codes: 0 ok, 1 failure, 2 usage or bad input, 75 training saved on a signal, 130 interrupted. What a command needs
 is imported by that command alone, so that `mpvg info` works without the extras.
@@ -111,6 +111,18 @@ def export(args: argparse.Namespace, _: list[str]) -> int:
     return 0
 
 
+def report(args: argparse.Namespace, fields: list[str]) -> int:
+    from .train import config
+
+    config.check_options(fields)
+    from .tools import report
+
+    options = {"out": args.out, "images": args.images, "use_model": not args.no_model}
+    for path in report.report(args.folders, args.weights, fields, **options):
+        print(path)
+    return 0
+
+
 def image_size(text: str) -> tuple[int, int]:
     """`224` or `224x160`, height first."""
     sides = text.split("x")
@@ -198,6 +210,19 @@ def parser() -> Parser:
     sub.add_argument("--batch", metavar="N", type=int, help="fix the number of images a call (default: any number)")
     sub.add_argument("--kernels", action="store_true", help="pt2: keep the fused operators (needs this package)")
     sub.add_argument("--json", metavar="FILE", type=Path, help="write path and difference there as well")
+    sub = command(
+        "report",
+        report,
+        "write a run's curves, tables and sample predictions, or those of several runs, as one HTML file and as Markdown",
+        epilog="Fields of the run's config are options behind the runs, for example --data.root DIR --device cpu.",
+    )
+    sub.add_argument("folders", metavar="RUN", type=Path, nargs="+", help="run folder; several are compared")
+    sub.add_argument("--weights", choices=("best", "last", "ema"), default="last", help="which weights (default: last)")
+    sub.add_argument(
+        "--out", metavar="FILE.html", type=Path, help="default: RUN/report.html; of several runs comparison.html beside"
+    )
+    sub.add_argument("--images", metavar="N", type=int, default=24, help="sample images to show (default: 24)")
+    sub.add_argument("--no-model", action="store_true", help="read the logs alone: no predictions, nothing evaluated")
     command("recipes", recipes, "list the recipes")
     command("info", info, "print which backends there are, which are not and why")
     sub = command("bench", bench, "run a benchmark of the repository; what follows its name goes to it")
@@ -230,7 +255,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line `argv` (default: the process's own); returns the exit code."""
     try:
         args, rest = parser().parse_known_args(argv)
-        if rest and args.run not in (train, evaluate):
+        if rest and args.run not in (train, evaluate, report):
             raise InputError(f"mpvg {args.command} does not take {' '.join(rest)!r}; see `mpvg {args.command} --help`")
         with log_shown():
             return args.run(args, rest)

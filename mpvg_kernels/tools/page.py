@@ -145,7 +145,7 @@ def svg_uri(figure: Figure) -> str:
     # Letters as text, not as shapes; the same figure gives the same file.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "mpvg"}):
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    text = buffer.getvalue().replace(INK, "var(--ink)").replace(PAPER, "var(--paper)")
+    text = buffer.getvalue().replace(INK, "var(--ink)").replace(PAPER, "var(--paper)").replace("#ffffff", "var(--paper)")
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = re.sub(r"(<svg [^>]*>)", lambda found: found[0] + SVG_STYLE, text[text.index("<svg ") :], count=1)
     return uri(text.encode(), "svg+xml")
@@ -183,19 +183,25 @@ p { margin:.5rem 0; max-width:60rem }
 .state b { padding:.05rem .6rem; border-radius:1rem; border:2px solid rgb(var(--blue)) }
 .state b.failed, .state b.preempted, .state b.unknown { border-color:rgb(var(--orange)) }
 progress { width:11rem; max-width:100%; accent-color:rgb(var(--blue)) }
-.scroll { overflow-x:auto; margin:.5rem 0; max-width:100% }
+/* A shadow at the right says that there is more to scroll to. */
+.scroll { overflow-x:auto; margin:.5rem 0; max-width:100%; background:
+  linear-gradient(to left,var(--paper) 80%,transparent) right/1.6rem 100% no-repeat local,
+  linear-gradient(to left,rgba(128,128,128,.5),transparent) right/.6rem 100% no-repeat scroll }
 table { border-collapse:collapse; font-size:.86rem; font-variant-numeric:tabular-nums; overflow-wrap:normal }
 th, td { padding:.22rem .55rem; border-bottom:1px solid var(--line); text-align:left; vertical-align:top; max-width:34rem }
 thead th { border-bottom-width:2px; vertical-align:bottom; font-weight:600 }
 tbody th { font-weight:400; min-width:6.5rem }
-td { overflow-wrap:anywhere; min-width:3.2rem }
+td { overflow-wrap:break-word; min-width:3.2rem }
+.t { min-width:10rem }
 .n { text-align:right; white-space:nowrap }
 .panels { display:grid; grid-template-columns:repeat(auto-fill,minmax(min(100%,29rem),1fr)); gap:1.2rem }
 .panel { min-width:0; border:1px solid var(--line); border-radius:8px; padding:.7rem }
 .panel img { display:block; width:100%; height:auto; border-radius:4px }
 .panel table { font-size:.78rem }
-.heat td, .heat th { text-align:right; min-width:2rem; max-width:9rem }
+.panel th, .panel td { padding:.22rem .4rem }
+.heat td, .heat th { text-align:right; min-width:1.7rem; max-width:9rem; padding:.22rem .3rem; white-space:nowrap }
 .gallery { display:grid; grid-template-columns:repeat(auto-fill,minmax(8.2rem,1fr)); gap:.8rem }
+.gallery.wide { grid-template-columns:repeat(auto-fill,minmax(10.3rem,1fr)) }
 figure { margin:0; border:3px solid rgb(var(--blue)); border-radius:6px; overflow:hidden; background:var(--card) }
 figure.wrong { border-color:rgb(var(--orange)) }
 figure.none { border-color:var(--line) }
@@ -206,6 +212,8 @@ figcaption span { display:block }
 figcaption i { color:var(--soft); font-style:normal }
 details { margin:.6rem 0 }
 summary { cursor:pointer; font-weight:600 }
+@media (max-width:34rem) { th, td { padding:.22rem .3rem } table { font-size:.8rem } tbody th { min-width:4rem }
+  .gallery:not(.wide) { grid-template-columns:repeat(auto-fill,minmax(6.5rem,1fr)); gap:.6rem } }
 footer { margin-top:2.5rem; color:var(--soft); font-size:.85rem }
 """
 NUMBER = re.compile(r"-|[-+]?[\d.,]+(e[-+]?\d+)?( %)?")
@@ -249,8 +257,7 @@ def _html(blocks: Iterable[Block]) -> str:
 
 
 def _table_html(table: Table) -> str:
-    numeric = [all(NUMBER.fullmatch(str(row[i])) for row in table.rows) for i in range(len(table.header))]
-    mark = [' class="n"' if each and i else "" for i, each in enumerate(numeric)]
+    mark = [""] + [_column_kind([str(row[i]) for row in table.rows]) for i in range(1, len(table.header))]
     head = "".join(f'<th scope="col"{m}>{_text(cell)}</th>' for m, cell in zip(mark, table.header, strict=True))
     rows = "".join(
         "<tr>"
@@ -260,6 +267,12 @@ def _table_html(table: Table) -> str:
         for row in table.rows
     )
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
+
+
+def _column_kind(cells: list[str]) -> str:
+    if all(map(NUMBER.fullmatch, cells)):
+        return ' class="n"'
+    return ' class="t"' if max(map(len, cells)) > 24 else ""
 
 
 def _picture_html(picture: Picture, attributes: str = "") -> str:
@@ -285,7 +298,8 @@ def _gallery_html(block: Gallery) -> str:
         figures.append(
             f'<figure class="{kind}">{picture}<figcaption><span>{_text(sample.name)}</span>{caption}</figcaption></figure>'
         )
-    return f'<div class="gallery">{"".join(figures)}</div>'
+    kind = "gallery wide" if len(block.columns) > 3 else "gallery"
+    return f'<div class="{kind}">{"".join(figures)}</div>'
 
 
 def _heat_html(block: Heat) -> str:

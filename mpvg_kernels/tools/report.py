@@ -166,7 +166,7 @@ def build(
         sections.append(Section("Confusion matrix", _confusion(evaluations, one is not None)))
         sections.append(Section("Classes", _classes(evaluations, one is not None)))
     sections.append(Section("Config", _recipe_difference(one) if one else _run_differences(records)))
-    sections.append(Section("Machine, time and cost", [_facts(records)]))
+    sections.append(Section("Machine, time and cost", _facts(records)))
     head: list[Block] = [_state(one)] if one else [_overview(records)]
     title = one.label if one else f"{len(records)} runs: {', '.join(record.label for record in records)}"
     when = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
@@ -236,7 +236,7 @@ def _curves(records: list[RunRecord]) -> list[Block]:
 def _pos(records: list[RunRecord]) -> list[Block]:
     found = [record for record in records if record.pos]
     if not found:
-        return [Text("The log has no lines on the position embedding: log.pos_interval is off, or none was due yet.")]
+        return [Text("No line of the log is on the position embedding: log.pos_interval is off, or none was due yet.")]
     panels = []
     for quantity in POS:
         if len(records) == 1:
@@ -246,12 +246,14 @@ def _pos(records: list[RunRecord]) -> list[Block]:
             panels.append(Panel(f"{quantity.title} over the updates", picture, table))
     for quantity in POS:
         alt = f"{quantity.title} by layer at the end of the log of {_names(found)}; the table below has its numbers"
-        picture = Picture(svg_uri(pos_by_layer(quantity, found)), alt)
+        picture = Picture(svg_uri(pos_by_layer(quantity, records)), alt)
         panels.append(Panel(f"{quantity.title}, last state by layer", picture, pos_comparison(quantity, found)))
     text = (
-        "LN'(pos) is the position embedding as a layer gets it, LN(x) the tokens that it is added to; `last` is the norm "
-        "before pooling. A negative correlation means that the embedding works against the tokens."
+        "LN'(pos) is the position embedding as a layer gets it, LN(x) the tokens that it is added to; the last norm is "
+        "that before pooling. A negative correlation means that the embedding works against the tokens."
     )
+    if none := [record for record in records if not record.pos]:
+        text += f" The log of {_names(none)} has no lines on it."
     return [Text(text), Panels(panels)]
 
 
@@ -292,11 +294,16 @@ def _run_differences(records: list[RunRecord]) -> list[Block]:
     return [Text("Fields that differ:"), Table(("field", *(record.label for record in records)), rows)]
 
 
-def _facts(records: list[RunRecord]) -> Table:
+def _facts(records: list[RunRecord]) -> list[Block]:
     each = [facts(record) for record in records]
     keys = dict.fromkeys(key for found in each for key in found)
-    header = ("", "run") if len(records) == 1 else ("", *(record.label for record in records))
-    return Table(header, [(key, *(found.get(key, "-") for found in each)) for key in keys])
+    rows = [(key, *(found.get(key, "-") for found in each)) for key in keys]
+    if len(records) == 1:
+        return [Table(("", "run"), rows)]
+    differ = [row for row in rows if len(set(row[1:])) > 1]
+    same = [row[:2] for row in rows if row not in differ]
+    blocks: list[Block] = [Table(("", *(record.label for record in records)), differ)]
+    return blocks + ([Text("The same for every run:"), Table(("", "every run"), same)] if same else [])
 
 
 def same_data(records: list[RunRecord]) -> bool:

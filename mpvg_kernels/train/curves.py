@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.figure import Figure  # needs no display and has no global state, unlike pyplot
 
 from .record import RunRecord, number, series
@@ -42,9 +43,9 @@ class Curve(NamedTuple):
 
 def _measured(title: str, label: str, key: str, spec: str, best: Callable, log: bool) -> Curve:
     lines = (
-        Line("training batches (augmented)", "train", key),
+        Line("training (augmented)", "train", key),
         Line("held-out images", "epochs", f"test_{key}"),
-        Line("held-out images, EMA", "epochs", f"ema_{key}"),
+        Line("held-out, EMA", "epochs", f"ema_{key}"),
     )
     return Curve(title, label, lines, spec, best, log)
 
@@ -78,7 +79,7 @@ POS = (
 # ---- pictures
 
 
-def panel(width: float = 5.0, height: float = 3.4) -> tuple[Figure, Any]:
+def panel(width: float = 4.5, height: float = 3.2) -> tuple[Figure, Any]:
     """A figure with one pair of axes, small enough that its letters can be read on a phone."""
     figure = Figure((width, height), layout="constrained")
     axes = figure.subplots()
@@ -117,13 +118,14 @@ def draw(axes: Any, curve: Curve, records: list[RunRecord]) -> None:
     if curve is ACCURACY and shown:
         late = [row["test_acc"] for r in records for row in r.evaluated[len(r.evaluated) // 4 :]]
         axes.set_ylim(max(0, min(late, default=10) - 10), 100.5)
-    if axes.get_legend_handles_labels()[0]:
+    if len(records) > 1 or len(axes.get_legend_handles_labels()[0]) > 1:
         legend(axes)
 
 
-def legend(axes: Any) -> None:
+def legend(axes: Any, columns: int = 2) -> None:
     """Under the axes, where it covers no line."""
-    axes.figure.legend(*axes.get_legend_handles_labels(), loc="outside lower left", ncols=2, frameon=False, fontsize=9)
+    handles = axes.get_legend_handles_labels()
+    axes.figure.legend(*handles, loc="outside lower left", ncols=columns, frameon=False, fontsize=10)
 
 
 def plot_curves(record: RunRecord) -> None:
@@ -131,27 +133,24 @@ def plot_curves(record: RunRecord) -> None:
     figure = Figure((10, 3.6), layout="constrained")
     for axes, curve in zip(figure.subplots(1, 2), (LOSS, ACCURACY), strict=True):
         draw(axes, curve, [record])
-        figure.legends[-1].remove()
+        while figure.legends:  # here there is room inside
+            figure.legends[0].remove()
         axes.legend(frameon=False)
     figure.savefig(record.path / "curves.png", dpi=120)
 
 
 def pos_over_updates(quantity: Pos, record: RunRecord) -> Figure:
-    """A quantity of the PE over the updates, a line for each layer, dark for the first."""
-    import matplotlib
-
+    """A quantity of the PE over the updates, a line for each layer, from purple for the first to orange."""
     figure, axes = panel()
     layers = pos_layers(record)
     for i, layer in enumerate(layers):
         points = [(row["step"], found[layer]) for row in record.pos if layer in (found := by_layer(row, quantity.key))]
-        colour = "C3" if layer == "last" else matplotlib.colormaps["viridis"](0.9 * i / max(len(layers) - 1, 1))
+        # The part of plasma that can be seen on white and on black.
+        colour = "C0" if layer == "last" else colormaps["plasma"](0.25 + 0.6 * i / max(len(layers) - 1, 1))
         x, y = _thin([step for step, _ in points], [value for _, value in points])
         axes.plot(x, y, color=colour, marker="." if len(points) < 30 else None, label=layer_name(layer))
     axes.set(xlabel="update", ylabel=quantity.label)
-    columns = 4
-    axes.figure.legend(
-        *axes.get_legend_handles_labels(), loc="outside lower left", ncols=columns, frameon=False, fontsize=9
-    )
+    legend(axes, 4)
     return figure
 
 
@@ -160,7 +159,9 @@ def pos_by_layer(quantity: Pos, records: list[RunRecord]) -> Figure:
     figure, axes = panel()
     layers = all_layers(records)
     for i, record in enumerate(records):
-        found = by_layer(record.pos[-1], quantity.key) if record.pos else {}
+        if not record.pos:
+            continue
+        found = by_layer(record.pos[-1], quantity.key)
         at = [k for k, layer in enumerate(layers) if layer in found]
         label = shorten(record.label) if len(records) > 1 else None
         axes.plot(at, [found[layers[k]] for k in at], marker="o", color=f"C{i % 10}", label=label)
@@ -242,7 +243,7 @@ def resumed_at(record: RunRecord) -> list[int]:
 
 def curve_table(curve: Curve, records: list[RunRecord]) -> Table:
     """A curve's numbers: each line's first and last point, those on the way, and the best with its update."""
-    header = ("line", "first", "at 1/4", "at half", "at 3/4", "last")
+    header = ("curve", "first", "at 1/4", "at half", "at 3/4", "last")
     if curve.best:
         header += ("lowest" if curve.best is min else "highest", "at update")
     rows = []
@@ -267,15 +268,15 @@ def pos_history(quantity: Pos, record: RunRecord) -> Table:
     rows = [record.pos[round(k)] for k in np.linspace(0, len(record.pos) - 1, min(5, len(record.pos)))]
     found = [by_layer(row, quantity.key) for row in rows]
     return Table(
-        ("layer", *(f"update {row['step']}" for row in rows)),
+        ("layer", f"update {rows[0]['step']}", *(str(row["step"]) for row in rows[1:])),
         [(layer_name(k), *(figure_of(each.get(k), quantity.spec) for each in found)) for k in pos_layers(record)],
     )
 
 
 def pos_comparison(quantity: Pos, records: list[RunRecord]) -> Table:
-    """A quantity of the PE by layer in the last `pos` line of each run."""
-    header = ("layer", *(f"{r.label}, update {r.pos[-1]['step']}" if r.pos else r.label for r in records))
-    found = [by_layer(record.pos[-1], quantity.key) if record.pos else {} for record in records]
+    """A quantity of the PE by layer in the last `pos` line of each run; every run has one."""
+    header = ("layer", *(f"{record.label}, update {record.pos[-1]['step']}" for record in records))
+    found = [by_layer(record.pos[-1], quantity.key) for record in records]
     rows = [(layer_name(k), *(figure_of(each.get(k), quantity.spec) for each in found)) for k in all_layers(records)]
     return Table(header, rows)
 
