@@ -6,7 +6,12 @@
 Of every image the best classes, their probabilities and the loss are kept, never a row of logits.
 """
 
+import csv
+import dataclasses
+import re
 from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,11 +19,15 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..train import TrainingError
-from ..train.config import Config
-from ..train.data import EvalImages
-from ..train.distributed import World, gather
-from ..train.model import autocast
+from .. import backends
+from ..train import InputError, TrainingError
+from ..train.config import Config, from_args
+from ..train.data import EvalImages, open_images
+from ..train.distributed import World, find_world, gather, pick_device, process_group, together
+from ..train.loop import cpu_threads, make_deterministic
+from ..train.model import autocast, create_model
+from ..train.run_folder import RunFolder, finite, print_warning, reason, write_json
+from . import latency, pictures
 from .pictures import most_confused
 
 TOP = 5
@@ -104,7 +113,9 @@ def predictions(
         images.bad = [each for _, bad in gather((None, images.bad), world) for each in bad]
     if not told:
         first = "".join(f": {each['file']} ({each['reason']})" for each in images.bad[:1])
-        raise TrainingError(f"no image could be read{first}; look at data.root, --split and --folder")
+        error = TrainingError(f"no image could be read{first}; look at data.root, --split and --folder")
+        error.shared = True  # by all processes: the first one says it
+        raise error
     found = Predictions(*(torch.cat(part) for part in zip(*told, strict=True)))
     if world.size == 1 and indices is not None:
         return found
@@ -211,3 +222,177 @@ def _class_row(confusion: np.ndarray, label: int, names: list[str]) -> dict[str,
 
 def _percent(part: Any, whole: Any) -> float | None:
     return 100 * int(part) / int(whole) if whole else None
+
+
+# ---- a run
+
+
+def evaluate_run(
+    path: str | Path,
+    weights: str = "last",
+    fields: Sequence[str] = (),
+    *,
+    split: str = "validation",
+    folder: Path | None = None,
+    batch: int | None = None,
+    out: Path | None = None,
+    batch_sizes: Sequence[int] = (),
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Evaluate a run's weights on a split or a folder, and write figures and pictures.
+
+    Started by torchrun or srun, the processes share the images out, each has the result, and the first one writes.
+
+    Args:
+        path: run folder.
+        weights: "best", "last" or "ema".
+        fields: config fields that differ from the run's, as on the command line: ["--data.root", "/data"].
+        split: "train", "validation" or a name that the data set has for one.
+        folder: in its place a folder with a folder of images for each class.
+        batch: images at a time on each process; None is `default_batch`.
+        out: where to write; None is RUN/eval/WEIGHTS-SPLIT.
+        batch_sizes: of these the latency is measured as well.
+        progress: show a bar where stderr is a terminal.
+
+    Returns:
+        What `summary` finds but for confusion, which is in confusion.csv, and: run, weights, split (or None), folder
+        (or None), device, backend, amp, bad (a {"file", "reason"} for each unreadable image), latency (what
+        `latency.measure` finds, where asked for) and written (where to; None where that failed, which is warned of).
+
+    Raises:
+        InputError: `path` is not a run folder, its weights are not there or of another model, or the images are not
+            there or of other classes.
+        TrainingError: no image could be read.
+    """
+    run = RunFolder(path)
+    config = run.config()
+    if fields:
+        config = from_args(config, list(fields), "mpvg eval RUN")
+    # What the run started from and its teacher may be gone by now; neither is needed.
+    config = dataclasses.replace(config, loss=dataclasses.replace(config.loss, distillation="none"))
+    world = find_world()
+    device = pick_device(config.device, world)
+    try:
+        backend = backends.resolve(device.type, config.compile)
+    except (ValueError, backends.BackendUnavailableError) as error:
+        raise InputError(str(error)) from None
+    if config.deterministic and device.type == "cuda":
+        make_deterministic()
+    with process_group(world, device, config), cpu_threads(config.threads):
+        model, images = together(world, lambda: _open(run, weights, config, device, split, folder))
+        try:
+            forward = torch.compile(model) if config.compile else model
+            found = predictions(forward, images, config, batch, world=world, progress=progress)
+        finally:
+            images.close()
+        result = {
+            "run": str(path),
+            "weights": weights,
+            "split": None if folder else split,
+            "folder": str(folder) if folder else None,
+            "device": str(device),
+            "backend": backend,
+            "amp": config.amp,
+            **summary(found, model.num_classes, images.class_names),
+            "bad": images.bad,
+        }
+        confusion = result.pop("confusion")
+        if world.rank == 0 and batch_sizes:
+            result["latency"] = latency.measure(
+                forward,
+                images.preprocessing["input_size"],
+                device,
+                batch_sizes,
+                amp=config.amp,
+                channels_last=config.model.channels_last,
+            )
+        if world.rank == 0:
+            out = out or run.path / "eval" / _place(weights, split, folder)
+            result["written"] = write(result, confusion, images.class_names, out)
+    return result
+
+
+def _open(
+    run: RunFolder, weights: str, config: Config, device: torch.device, split: str, folder: Path | None
+) -> tuple[nn.Module, EvalImages]:
+    """The run's model on the device, and the images."""
+    names = run.info.get("class_names")
+    images = open_images(config, device, split, folder=folder, class_names=names)
+    classes = len(names) if names else config.data.num_classes or images.num_classes
+    try:
+        if images.num_classes != classes:  # there are no names to compare
+            raise InputError(
+                f"{folder or config.data.name} has {images.num_classes} classes and the run {classes}, whose names are "
+                "not known; expected the same"
+            )
+        prepared = images.preprocessing
+        data = SimpleNamespace(num_classes=classes, input_size=prepared["input_size"], preprocessing=prepared)
+        model = create_model(config, data, start=False)
+        run.load(weights, model)
+    except InputError:
+        images.close()
+        raise
+    return model.to(device).eval(), images
+
+
+def _place(weights: str, split: str, folder: Path | None) -> str:
+    """A name for the folder that is written."""
+    what = split if folder is None else f"folder-{Path(folder).resolve().name}"
+    return f"{weights}-{re.sub(r'[^A-Za-z0-9_.-]+', '_', what)}"
+
+
+def write(result: dict[str, Any], confusion: np.ndarray, class_names: Sequence[str] | None, out: Path) -> str | None:
+    """Write result.json, per_class.csv, confusion.csv and .png and reliability.png.
+
+    confusion.csv has a line for each pair of label and prediction that there are images of.
+
+    Returns:
+        The folder, or None where it could not be written, which is warned of.
+    """
+    names = list(class_names or map(str, range(len(confusion))))
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(out / "result.json", finite(result))
+        with open(out / "per_class.csv", "w", newline="", encoding="utf-8") as file:
+            table = csv.DictWriter(file, result["per_class"][0])
+            table.writeheader()
+            table.writerows(result["per_class"])
+        with open(out / "confusion.csv", "w", newline="", encoding="utf-8") as file:
+            table = csv.writer(file)
+            table.writerow(("label", "predicted", "images"))
+            for label, predicted in zip(*confusion.nonzero(), strict=True):
+                table.writerow((names[label], names[predicted], confusion[label, predicted]))
+        pictures.save(pictures.confusion_matrix(confusion, class_names), out / "confusion.png")
+        pictures.save(pictures.reliability_diagram(result["calibration"], result["ece"]), out / "reliability.png")
+    except OSError as error:
+        print_warning(f"{out} can't be written ({reason(error)}): choose another folder with --out")
+        return None
+    return str(out)
+
+
+def describe(result: dict[str, Any]) -> str:
+    """What `mpvg eval` prints: the figures, the worst classes, unreadable images, where the rest is."""
+    on = result["split"] or result["folder"]
+    top5 = f", top-{TOP} {result['acc5']:.2f} %" if result["acc5"] is not None else ""
+    lines = [
+        f"{result['run']} ({result['weights']}) on {on}: accuracy {result['acc']:.2f} %{top5}, "
+        f"loss {result['loss']:.4f}, calibration error {result['ece']:.2f} %, {result['images']} images"
+    ]
+    seen = [row for row in result["per_class"] if row["images"]]
+    worst = sorted((row for row in seen if row["acc"] < 100), key=lambda row: row["acc"])[:TOP]
+    if worst:
+        said = (
+            f"{row['name']} {row['acc']:.1f} % of {row['images']} (most often taken for {row['confused_with']})"
+            for row in worst
+        )
+        lines.append(f"worst classes: {', '.join(said)}")
+    if len(seen) < len(result["per_class"]):
+        lines.append(f"classes without images: {len(result['per_class']) - len(seen)} of {len(result['per_class'])}")
+    if bad := result["bad"]:
+        files = ", ".join(f"{each['file']} ({each['reason']})" for each in bad[:TOP])
+        lines.append(f"unreadable images, left out: {len(bad)}: {files}{', ...' if len(bad) > TOP else ''}")
+    if "latency" in result:
+        lines.append(latency.table(result["latency"]))
+    if result.get("written"):
+        lines.append(f"written: {result['written']}")
+    return "\n".join(lines)

@@ -329,16 +329,13 @@ def evaluate(record: RunRecord, weights: str, fields: Sequence[str] = ()) -> Eva
         InputError: the weights or the data are not there, or do not fit each other.
         TrainingError: no image could be read.
     """
-    from ..train.loop import check_classes
-
     settings = record.folder.config()
     if fields:
         settings = config.from_args(settings, list(fields), "mpvg report RUN")
     model = record.folder.model(weights)
     device = pick_device(settings.device)
-    images = open_images(settings, device, SPLIT)
+    images = open_images(settings, device, SPLIT, class_names=record.info.get("class_names"))
     try:
-        check_classes(record.folder, images.class_names)
         if images.num_classes != model.num_classes:
             raise InputError(f"the data has {images.num_classes} classes and the model {model.num_classes}")
         found = predictions(model.to(device), images, settings, progress=True)

@@ -13,7 +13,6 @@ goes on is bitwise the one that was not.
 """
 
 import contextlib
-import dataclasses
 import math
 import os
 import shutil
@@ -778,33 +777,3 @@ def _say(trainer: Trainer, folder: RunFolder, restored_from: Path | None) -> Non
         f"{describe(config, trainer.data.steps, world, trainer.optimizer)}\nrun folder {folder.path}"
         + (f", goes on from {restored_from.name}" if restored_from else ""),
     )
-
-
-def evaluate_run(path: Path, weights: str, fields: list[str] | None = None) -> dict[str, Any]:
-    """Evaluate a run's weights on the held-out images: accuracy (percent), loss, number of images.
-
-    Args:
-        path: run folder.
-        weights: best, last or ema.
-        fields: config fields that differ from the run's, as on the command line: ["--data.root", "/data"].
-
-    Raises:
-        InputError: `path` is not a run folder, or its weights are not there or of another model.
-    """
-    from .config import from_args
-
-    folder = RunFolder(path)
-    config = folder.config()
-    if fields:
-        config = from_args(config, fields, "mpvg eval RUN")
-    # What the run started from and its teacher may be gone by now; neither is needed.
-    config = dataclasses.replace(config, loss=dataclasses.replace(config.loss, distillation="none"))
-    trainer = Trainer(config, start=False)
-    try:
-        check_classes(folder, trainer.data.class_names)
-        folder.load(weights, trainer.model)
-        with cpu_threads(config.threads):
-            result = trainer.evaluate()
-    finally:
-        trainer.data.close()
-    return {"run": str(path), "weights": weights, **result}

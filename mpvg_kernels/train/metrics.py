@@ -23,7 +23,7 @@ from tqdm import tqdm
 from . import InputError
 from .config import Log
 from .distributed import World
-from .run_folder import show
+from .run_folder import finite, show
 
 COLUMNS = ("epoch", "step", "lr", "train_loss", "train_acc", "test_loss", "test_acc", "ema_loss", "ema_acc")
 COLUMNS += ("grad_norm", "skipped", "bad_images", "img_s")
@@ -149,15 +149,6 @@ class LogFile:
         self._file.close()
 
 
-def _finite(value: Any) -> Any:
-    """`value` with None for every number that is not finite, which JSON does not have."""
-    if isinstance(value, dict):
-        return {key: _finite(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def _has_terminal() -> bool:
     """Whether stderr is a terminal with a size; without one (`docker run -t`, some CI) tqdm's bar shows nothing."""
     if not sys.stderr.isatty():
@@ -230,7 +221,7 @@ class RunLog:
         """Add a line to log.jsonl; `row` has what JSON has. A number that is not finite is written as null."""
         if self._files:
             line = {"kind": kind, "time": round(time.time(), 3), **row}
-            self._files["log.jsonl"].write(json.dumps(_finite(line), allow_nan=False))
+            self._files["log.jsonl"].write(json.dumps(finite(line), allow_nan=False))
 
     def say(self, text: str) -> None:
         """Print a line, above the bar where there is one."""
