@@ -259,7 +259,7 @@ def parser() -> Parser:
     sub = command(
         "report",
         report,
-        "write a run's curves, tables and sample predictions, or those of several runs, as one HTML file and as Markdown",
+        "write curves, tables and sample predictions of a run, or of several, as one HTML file and as Markdown",
         epilog="Fields of the run's config are options behind the runs, for example --data.root DIR --device cpu.",
     )
     sub.add_argument("folders", metavar="RUN", type=Path, nargs="+", help="run folder; several are compared")

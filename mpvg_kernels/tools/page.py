@@ -145,8 +145,9 @@ def svg_uri(figure: Figure) -> str:
     # Letters as text, not as shapes; the same figure gives the same file.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "mpvg"}):
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    text = buffer.getvalue().replace(INK, "var(--ink)").replace(PAPER, "var(--paper)").replace("#ffffff", "var(--paper)")
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r"<metadata>.*?</metadata>", "", buffer.getvalue(), flags=re.DOTALL)
+    for colour, name in ((INK, "--ink"), (PAPER, "--paper"), ("#ffffff", "--paper")):
+        text = text.replace(colour, f"var({name})")
     text = re.sub(r"(<svg [^>]*>)", lambda found: found[0] + SVG_STYLE, text[text.index("<svg ") :], count=1)
     return uri(text.encode(), "svg+xml")
 
@@ -178,7 +179,8 @@ h3 { font-size:1rem; margin:.2rem 0 .3rem }
 a { color:var(--link) }
 nav { display:flex; flex-wrap:wrap; gap:.2rem 1rem; margin:.8rem 0 }
 p { margin:.5rem 0; max-width:60rem }
-.note { border-left:4px solid rgb(var(--orange)); background:var(--card); padding:.4rem .8rem; border-radius:0 6px 6px 0 }
+.note { border-left:4px solid rgb(var(--orange)); background:var(--card); padding:.4rem .8rem;
+  border-radius:0 6px 6px 0 }
 .state { display:flex; flex-wrap:wrap; align-items:center; gap:.3rem .8rem; margin:.5rem 0 }
 .state b { padding:.05rem .6rem; border-radius:1rem; border:2px solid rgb(var(--blue)) }
 .state b.failed, .state b.preempted, .state b.unknown { border-color:rgb(var(--orange)) }
@@ -188,7 +190,8 @@ progress { width:11rem; max-width:100%; accent-color:rgb(var(--blue)) }
   linear-gradient(to left,var(--paper) 80%,transparent) right/1.6rem 100% no-repeat local,
   linear-gradient(to left,rgba(128,128,128,.5),transparent) right/.6rem 100% no-repeat scroll }
 table { border-collapse:collapse; font-size:.86rem; font-variant-numeric:tabular-nums; overflow-wrap:normal }
-th, td { padding:.22rem .55rem; border-bottom:1px solid var(--line); text-align:left; vertical-align:top; max-width:34rem }
+th, td { padding:.22rem .55rem; border-bottom:1px solid var(--line); text-align:left; vertical-align:top;
+  max-width:34rem }
 thead th { border-bottom-width:2px; vertical-align:bottom; font-weight:600 }
 tbody th { font-weight:400; min-width:6.5rem }
 td { overflow-wrap:break-word; min-width:3.2rem }
@@ -292,12 +295,11 @@ def _gallery_html(block: Gallery) -> str:
     for sample in block.samples:
         kind = {True: "right", False: "wrong", None: "none"}[sample.right]
         lines = zip(block.columns, sample.caption, strict=True)
-        caption = "".join(f"<span><i>{_text(name)}</i> {_text(said)}</span>" for name, said in lines)
+        spans = [_text(sample.name), *(f"<i>{_text(name)}</i> {_text(said)}" for name, said in lines)]
+        caption = "".join(f"<span>{span}</span>" for span in spans)
         exact = ' class="pixels"' if sample.picture.uri.startswith("data:image/png") else ""
         picture = _picture_html(sample.picture, exact)
-        figures.append(
-            f'<figure class="{kind}">{picture}<figcaption><span>{_text(sample.name)}</span>{caption}</figcaption></figure>'
-        )
+        figures.append(f'<figure class="{kind}">{picture}<figcaption>{caption}</figcaption></figure>')
     kind = "gallery wide" if len(block.columns) > 3 else "gallery"
     return f'<div class="{kind}">{"".join(figures)}</div>'
 

@@ -31,7 +31,7 @@ from ..train.curves import (
 )
 from ..train.data import EvalImages, open_images
 from ..train.distributed import pick_device
-from ..train.record import RunRecord, collect_all, duration, number
+from ..train.record import RunRecord, collect_all, duration, finite_number, number
 from ..train.report import FAIR, MORE, facts, kept_sections, results_table
 from ..train.run_folder import print_warning
 from ..train.table import Table, figure_of
@@ -122,7 +122,9 @@ def report(
                 evaluations.append(evaluate(record, weights, fields))
             except (InputError, TrainingError, ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
                 said = " ".join(str(error).split()) or type(error).__name__
-                problems.append(f"{record.path}: no predictions of the {weights} weights are shown: {said.rstrip('.')}.")
+                problems.append(
+                    f"{record.path}: no predictions of the {weights} weights are shown: {said.rstrip('.')}."
+                )
         page = build(records, evaluations, problems, weights, images)
     finally:
         for each in evaluations:
@@ -135,8 +137,9 @@ def report(
     twin = out.with_suffix(".md")
     kept = kept_sections(twin)
     try:
-        out.write_text(to_html(page), encoding="utf-8")
-        twin.write_text(to_markdown(page) + (f"\n{MORE}\n\n{kept}\n" if kept else ""), encoding="utf-8")
+        markdown = to_markdown(page) + (f"\n{MORE}\n\n{kept}\n" if kept else "")
+        for path, text in ((out, to_html(page)), (twin, markdown)):
+            path.write_text(text, encoding="utf-8", errors="replace")  # names of files may be no text at all
     except OSError as error:
         raise InputError(f"{error.filename or out} can't be written ({error.strerror})") from None
     return out, twin
@@ -179,7 +182,7 @@ def build(
 def _progress(record: RunRecord) -> str:
     rows = [row for rows in (record.train, record.epochs) for row in rows[-1:]]
     epoch = max((int(row["epoch"]) for row in rows if number(row, "epoch") is not None), default=None)
-    total = [number(record.config, "epochs"), number(record.config.get("sched", {}), "cooldown_epochs")]
+    total = [finite_number(record.setting(name)) for name in ("epochs", "sched.cooldown_epochs")]
     of = f" of {sum(map(int, total))}" if None not in total else ""
     text = f"update {record.updates:,}" + (f" of {record.total:,}" if record.total else "")
     text += f", epoch {epoch}{of}" if epoch is not None else ""
@@ -329,13 +332,16 @@ def evaluate(record: RunRecord, weights: str, fields: Sequence[str] = ()) -> Eva
         InputError: the weights or the data are not there, or do not fit each other.
         TrainingError: no image could be read.
     """
-    settings = record.folder.config()
+    from ..train.loop import check_classes
+
+    settings, names = record.folder.config(), record.info.get("class_names")
     if fields:
         settings = config.from_args(settings, list(fields), "mpvg report RUN")
     model = record.folder.model(weights)
     device = pick_device(settings.device)
-    images = open_images(settings, device, SPLIT, class_names=record.info.get("class_names"))
+    images = open_images(settings, device, SPLIT, class_names=names)
     try:
+        check_classes(record.folder, images.class_names)
         if images.num_classes != model.num_classes:
             raise InputError(f"the data has {images.num_classes} classes and the model {model.num_classes}")
         found = predictions(model.to(device), images, settings, progress=True)
@@ -348,11 +354,23 @@ def evaluate(record: RunRecord, weights: str, fields: Sequence[str] = ()) -> Eva
 def _evaluation(evaluations: list[Evaluation], weights: str, one: bool) -> list[Block]:
     def row(each: Evaluation) -> tuple:
         got = each.summary
-        numbers = (figure_of(got["acc"], ".2f", " %"), figure_of(got["acc5"], ".2f", " %"), figure_of(got["loss"], ".4f"))
+        numbers = (
+            figure_of(got["acc"], ".2f", " %"),
+            figure_of(got["acc5"], ".2f", " %"),
+            figure_of(got["loss"], ".4f"),
+        )
         name = weights if one else each.record.label
         return (name, got["images"], *numbers, *(figure_of(got[k], ".2f", " %") for k in ("confidence", "ece")))
 
-    header = ("weights" if one else "run", "images", "accuracy", "top-5", "loss", "mean confidence", "calibration error")
+    header = (
+        "weights" if one else "run",
+        "images",
+        "accuracy",
+        "top-5",
+        "loss",
+        "mean confidence",
+        "calibration error",
+    )
     text = f"The {weights} weights on the held-out images."
     bad = sum(len(each.images.bad) for each in evaluations)
     text += f" {bad} images that can't be read are left out." if bad else ""

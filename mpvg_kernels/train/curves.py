@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.figure import Figure  # needs no display and has no global state, unlike pyplot
 
-from .record import RunRecord, number, series
+from .record import RunRecord, finite_number, number, series
 from .table import Table, figure_of
 
 POINTS = 600
@@ -222,8 +222,11 @@ def _thin(x: list, y: list) -> tuple[list, list]:
 
 
 def shorten(name: str) -> str:
-    """A name for a legend: its end is what tells runs apart."""
-    return name if len(name) <= NAME else "…" + name[1 - NAME :]
+    """A run's name as a legend shows it: of a long one the end, which is what tells runs apart."""
+    name = "".join(letter if letter.isprintable() else "?" for letter in name)
+    name = name if len(name) <= NAME else "…" + name[1 - NAME :]
+    # For matplotlib dollars enclose formulas, and what begins with an underscore is not shown.
+    return ("\u200b" if name.startswith("_") else "") + name.replace("$", r"\$")
 
 
 def counts_images(records: list[RunRecord]) -> bool:
@@ -284,7 +287,7 @@ def pos_comparison(quantity: Pos, records: list[RunRecord]) -> Table:
 def by_layer(row: dict[str, Any], key: str) -> dict[int | str, float]:
     """The layers and finite values of a `pos` line."""
     pairs = zip(row["layers"], row[key], strict=True)
-    return {layer: value for layer, value in pairs if isinstance(layer, int | str) and number({key: value}, key) is not None}
+    return {layer: value for layer, value in pairs if isinstance(layer, int | str) and finite_number(value) is not None}
 
 
 def pos_layers(record: RunRecord) -> list[int | str]:

@@ -1,4 +1,4 @@
-"""What a run's folder tells without its weights: `collect(folder)` reads run.json, status.json, starts.jsonl, log.jsonl.
+"""What a run's folder tells without its weights: `collect(folder)` reads run.json, status.json and the logs.
 
 What writes about runs starts here (report.py, `mpvg report`). A run may be going on, cut off, or damaged: what can't be
 read is a sentence in `problems`, and the rest is there.
@@ -29,7 +29,7 @@ class RunRecord:
         label: what the run is called beside others.
         info, status: run.json and status.json; status is empty where it can't be read.
         starts: a row for each start of the run.
-        train, epochs, pos, spikes, skipped: lines of log.jsonl by kind, each with a `step`, in the order of the updates.
+        train, epochs, pos, spikes, skipped: lines of log.jsonl by kind, each with a `step`, in their order.
         bad_images: the rows of the images that could not be read.
         problems: a sentence for each thing that is missing or damaged.
     """
@@ -97,7 +97,7 @@ class RunRecord:
         return found + ([("ema", rows[-1], "ema")] if number(rows[-1], "ema_acc") is not None else [])
 
     def seconds(self) -> float | None:
-        """Seconds in which the run was at work, evaluation included: from each start to the last line that is left of it.
+        """Seconds in which the run was at work, evaluation included: from each start to the last line left of it.
 
         What was done after a checkpoint and cut off is not in the log any more, and not counted.
         """
@@ -120,7 +120,11 @@ class RunRecord:
 
 def number(row: Row, key: str) -> float | None:
     """The row's value where it is a finite number, None otherwise."""
-    value = row.get(key)
+    return finite_number(row.get(key))
+
+
+def finite_number(value: Any) -> float | None:
+    """The value where it is a finite number, None otherwise."""
     usual = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     return value if usual else None
 
@@ -199,12 +203,9 @@ def _lines(record: RunRecord, name: str) -> list[Row]:
         record.problems.append(f"{path} can't be read ({error.strerror}).")
         return []
     if bad:
-        record.problems.append(f"{path}: {bad} {'line' if bad == 1 else 'lines'} can't be read and {_are(bad)} left out.")
+        lines, are = ("line", "is") if bad == 1 else ("lines", "are")
+        record.problems.append(f"{path}: {bad} {lines} can't be read and {are} left out.")
     return rows
-
-
-def _are(count: int) -> str:
-    return "is" if count == 1 else "are"
 
 
 def _in_order(rows: list[Row]) -> list[Row]:

@@ -7,7 +7,7 @@ import shlex
 from pathlib import Path
 
 from .curves import plot_curves, resumed_at
-from .record import RunRecord, collect, duration, number, when
+from .record import RunRecord, collect, duration, finite_number, number, when
 from .run_folder import RunFolder
 from .table import Table, escape, figure_of
 
@@ -48,7 +48,7 @@ def facts(record: RunRecord) -> dict[str, str]:
             f"{record.updates:,}"
             + (f" of {record.total:,}" if record.total not in (None, record.updates) else "")
             + f" updates of {setting('batch')} images",
-            *(setting("optim.name"), _with(number(record.config.get("optim", {}), "lr"), "peak learning rate {:g}")),
+            *(setting("optim.name"), _with(finite_number(setting("optim.lr")), "peak learning rate {:g}")),
             *(f"{name} {setting(name)}" for name in ("seed", "amp", "compile") if setting(name) is not None),
         ),
         "Throughput": _with(record.img_s(), "{:.0f} img/s (mean over the epochs, evaluation not counted)"),
