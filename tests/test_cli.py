@@ -389,8 +389,8 @@ def test_spoilt_run_folder(copy, capsys, spoil, message):
     assert message in fails(capsys, "eval", copy)
 
 
-def test_json_that_cannot_be_written(run, tmp_path, capsys):
-    assert cli.main(["eval", str(run[0]), "--json", str(tmp_path / "no" / "r.json")]) == 2
+def test_json_that_cannot_be_written(copy, tmp_path, capsys):
+    assert cli.main(["eval", str(copy), "--json", str(tmp_path / "no" / "r.json")]) == 2
     assert "r.json can't be written (No such file or directory)" in capsys.readouterr().err
 
 

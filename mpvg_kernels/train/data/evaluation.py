@@ -4,6 +4,7 @@
 for any batch and number of processes; for a stream, with the same data.workers.
 """
 
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -87,9 +88,15 @@ class EvalImages:
         """Stop the processes that load images."""
 
 
-def _share(size: int, indices: Sequence[int] | None, world: World) -> Tensor:
+def share(size: int, indices: Sequence[int] | None, world: World) -> Tensor:
+    """This process's part of `size` images, or of those in `indices`: int64, may be empty."""
     order = torch.arange(size) if indices is None else torch.as_tensor(indices, dtype=torch.long)
     return order[world.rank :: world.size]
+
+
+def cpus() -> int:
+    """CPUs that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class DigitImages(EvalImages):
@@ -112,7 +119,8 @@ class DigitImages(EvalImages):
         *,
         world: World = World(),  # noqa: B008
     ) -> Iterator[ImageBatch]:
-        for index in _share(self.size, indices, world).split(batch):
+        order = share(self.size, indices, world)
+        for index in order.split(batch) if len(order) else ():  # nothing splits into one empty part
             at = index.to(self.x.device)
             yield ImageBatch(self.x[at], self.y[at], index)
 
@@ -165,8 +173,10 @@ class IndexedImages(_LoadedImages):
         *,
         world: World = World(),  # noqa: B008
     ) -> Iterator[ImageBatch]:
-        order = _share(self.size, indices, world)
-        workers = min(self.most_workers, len(order) // IMAGES_PER_WORKER)
+        order = share(self.size, indices, world)
+        if not len(order):
+            return
+        workers = min(self.most_workers, len(order) // IMAGES_PER_WORKER, cpus())
         if workers != self.workers:
             self.close()
             self.loader = Loader(self.images, workers, self.device.type == "cuda", batch_sampler=self.keys)
@@ -238,7 +248,7 @@ class StreamedImages(_LoadedImages):
         world: World = World(),  # noqa: B008
     ) -> Iterator[ImageBatch]:
         self.close()
-        mine = None if indices is None else _share(0, indices, world).tolist()
+        mine = None if indices is None else share(0, indices, world).tolist()
         self.stream.begin(None if mine is None else set(mine), world)
         self.loader = Loader(self.stream, self.workers, self.device.type == "cuda", batch_size=batch)
         found: dict[int, tuple[Tensor, Tensor]] = {}
