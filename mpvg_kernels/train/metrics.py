@@ -255,6 +255,13 @@ class RunLog:
             self.say(f"step {row['step']}/{self._total}  {shown}  lr {row['lr']:.1e}")
             self._last_plain = time.monotonic()
 
+    def pos(self, row: dict[str, Any]) -> None:
+        """Log a look at the position embedding; `row` has epoch, step, layers, pos_norm and correlation."""
+        self.write("pos", row)
+        for key in ("pos_norm", "correlation"):
+            by_layer = dict(zip(map(str, row["layers"]), row[key], strict=True))
+            self._numbers(by_layer | {"step": row["step"]}, f"pos/{key}")
+
     def epoch(self, row: dict[str, Any], best: bool) -> None:
         """Log an epoch with its evaluation; `row` has COLUMNS, those of what was not evaluated aside."""
         self.write("epoch", row)
@@ -285,7 +292,7 @@ class RunLog:
 
 
 def read_log(folder: Path, kind: str) -> list[dict[str, Any]]:
-    """The lines of log.jsonl of one kind: `train`, `epoch`, `bad_image`, `skipped`, `spike`."""
+    """The lines of log.jsonl of one kind: `train`, `epoch`, `pos`, `bad_image`, `skipped`, `spike`."""
     lines = (folder / "log.jsonl").read_text().splitlines(keepends=True)
     rows = (json.loads(line) for line in lines if line.endswith("\n"))  # a run that was killed may leave half a line
     return [row for row in rows if row["kind"] == kind]
