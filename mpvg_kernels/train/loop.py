@@ -13,7 +13,6 @@ goes on is bitwise the one that was not.
 """
 
 import contextlib
-import dataclasses
 import math
 import os
 import shutil
@@ -39,7 +38,7 @@ from .distributed import Agreement, World, pick_device, together
 from .guards import SkippedUpdates
 from .losses import Distillation, create_loss
 from .metrics import Meter, RunLog, Spikes, check_installed, memory_mb, peak_tflops, read_log
-from .model import create_model, train_mode
+from .model import autocast, create_model, train_mode
 from .optim import create_optimizer, create_schedule, describe
 from .report import write_report
 from .run_folder import WEIGHTS, RunFolder, machine, print_warning, reason, show
@@ -167,8 +166,7 @@ class Trainer:
         return max(group["lr"] for group in self.optimizer.param_groups)
 
     def autocast(self) -> torch.autocast:
-        dtype = torch.float16 if self.config.amp == "fp16" else torch.bfloat16
-        return torch.autocast(self.device.type, dtype, enabled=self.config.amp != "none")
+        return autocast(self.config.amp, self.device)
 
     def _next(self, batches: Iterator[Batch]) -> Batch:
         start = time.perf_counter()
@@ -810,33 +808,3 @@ def _say(trainer: Trainer, folder: RunFolder, restored_from: Path | None) -> Non
         f"{describe(config, trainer.data.steps, world, trainer.optimizer)}\nrun folder {folder.path}"
         + (f", goes on from {restored_from.name}" if restored_from else ""),
     )
-
-
-def evaluate_run(path: Path, weights: str, fields: list[str] | None = None) -> dict[str, Any]:
-    """Evaluate a run's weights on the held-out images: accuracy (percent), loss, number of images.
-
-    Args:
-        path: run folder.
-        weights: best, last or ema.
-        fields: config fields that differ from the run's, as on the command line: ["--data.root", "/data"].
-
-    Raises:
-        InputError: `path` is not a run folder, or its weights are not there or of another model.
-    """
-    from .config import from_args
-
-    folder = RunFolder(path)
-    config = folder.config()
-    if fields:
-        config = from_args(config, fields, "mpvg eval RUN")
-    # What the run started from and its teacher may be gone by now; neither is needed.
-    config = dataclasses.replace(config, loss=dataclasses.replace(config.loss, distillation="none"))
-    trainer = Trainer(config, start=False)
-    try:
-        check_classes(folder, trainer.data.class_names)
-        folder.load(weights, trainer.model)
-        with cpu_threads(config.threads):
-            result = trainer.evaluate()
-    finally:
-        trainer.data.close()
-    return {"run": str(path), "weights": weights, **result}
