@@ -1,4 +1,4 @@
-"""The `mpvg` command: train, eval, predict, report, export, recipes, info, bench, demo.
+"""The `mpvg` command: train, eval, predict, analyze, report, export, recipes, info, bench, demo.
 
 Exit codes: 0 ok, 1 failure, 2 usage or bad input, 75 training saved on a signal, 130 interrupted. What a command needs
 is imported by that command alone, so that `mpvg info` works without the extras.
@@ -104,6 +104,25 @@ def predict(args: argparse.Namespace, _: list[str]) -> int:
 
     options = {name: getattr(args, name) for name in ("top", "format", "out", "batch", "device")}
     return predict.predict_files(args.model, args.paths, args.weights, **options)
+
+
+def analyze(args: argparse.Namespace, fields: list[str]) -> int:
+    from .train import config
+
+    config.check_options(fields)  # before what takes seconds to import
+    if args.folder is not None and args.split is not None:
+        raise InputError("--split and --folder are both given: give one of them")
+    if args.images < 1:
+        raise InputError(f"--images {args.images}: expected 1 or more")
+    from .tools import analyze
+
+    split = args.split or "validation"
+    options = {"split": split, "folder": args.folder, "images": args.images, "out": args.out}
+    result = analyze.analyze_run(args.run_folder, args.weights, fields, **options)
+    analyze.warn(result)
+    print(analyze.describe(result))
+    write_result(args.json, result)
+    return 0
 
 
 def at_least_1(text: str) -> int:
@@ -246,6 +265,24 @@ def parser() -> Parser:
     sub.add_argument("--out", metavar="FILE", type=Path, help="write there, not to the standard output")
     sub.add_argument("--batch", metavar="N", type=at_least_1, default=32, help="images at a time (default: 32)")
     sub.add_argument("--device", metavar="D", default="auto", help="auto (default), cpu, cuda, cuda:1, ...")
+    sub = command(
+        "analyze",
+        analyze,
+        "draw what the position embedding does in a run's model: the paper's figures, with their numbers",
+        epilog="Fields of the run's config are options, for example --data.root DIR --device cpu.",
+    )
+    sub.add_argument("run_folder", metavar="RUN", type=Path, help="run folder")
+    sub.add_argument("--weights", choices=("best", "last", "ema"), default="last", help="which weights (default: last)")
+    sub.add_argument("--split", metavar="NAME", help="train, validation (default), or a name that the data set has")
+    sub.add_argument("--folder", metavar="DIR", type=Path, help="images in place of a split, a folder for each class")
+    sub.add_argument("--images", metavar="N", type=int, default=64, help="how many, over the whole split (default: 64)")
+    sub.add_argument(
+        "--out",
+        metavar="DIR",
+        type=Path,
+        help="where pictures and analysis.json go (default: RUN/analysis/WEIGHTS-SPLIT)",
+    )
+    sub.add_argument("--json", metavar="FILE", type=Path, help="write the numbers there as well")
     sub = command("export", export, "write a run's model, or one of random weights, for other programs, and check it")
     sub.add_argument("source", metavar="RUN_OR_MODEL", help="run folder, or a registered model's name (random weights)")
     sub.add_argument("--format", choices=("onnx", "pt2", "safetensors"), required=True, help="what to write")
@@ -301,7 +338,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line `argv` (default: the process's own); returns the exit code."""
     try:
         args, rest = parser().parse_known_args(argv)
-        if rest and args.run not in (train, evaluate, report):
+        if rest and args.run not in (train, evaluate, analyze, report):
             raise InputError(f"mpvg {args.command} does not take {' '.join(rest)!r}; see `mpvg {args.command} --help`")
         with log_shown():
             return args.run(args, rest)

@@ -257,6 +257,13 @@ class RunLog:
             self.say(f"step {row['step']}/{self._total}  {shown}  lr {row['lr']:.1e}")
             self._last_plain = time.monotonic()
 
+    def pos(self, row: dict[str, Any]) -> None:
+        """Log a look at the position embedding; `row` has epoch, step, layers, pos_norm and correlation."""
+        self.write("pos", row)
+        for key in ("pos_norm", "correlation"):
+            by_layer = dict(zip(map(str, row["layers"]), row[key], strict=True))
+            self._numbers(by_layer | {"step": row["step"]}, f"pos/{key}")
+
     def epoch(self, row: dict[str, Any], best: bool) -> None:
         """Log an epoch with its evaluation; `row` has COLUMNS, those of what was not evaluated aside."""
         self.write("epoch", row)
