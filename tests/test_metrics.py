@@ -114,6 +114,20 @@ def test_run_log(tmp_path, capsys):
     assert (tmp_path / "metrics.csv").read_text().splitlines()[2] == "1,2,0.1,1.0,1.0,,,,,1.0,0,2,10.0"
 
 
+def test_looks_at_the_position_embedding(tmp_path, monkeypatch):
+    row = {"epoch": 1, "step": 4, "layers": [1, "last"], "pos_norm": [9.5, 8.0], "correlation": [-0.5, None]}
+    with RunLog(tmp_path, 10) as log:
+        sent = []
+        monkeypatch.setattr(
+            log, "_wandb", type("Wandb", (), {"log": lambda _, numbers, step: sent.append((numbers, step))})()
+        )
+        log.pos(row)
+        monkeypatch.setattr(log, "_wandb", None)
+    (line,) = read_log(tmp_path, "pos")
+    assert {key: line[key] for key in row} == row
+    assert sent == [({"pos/pos_norm/1": 9.5, "pos/pos_norm/last": 8.0}, 4), ({"pos/correlation/1": -0.5}, 4)]
+
+
 def test_lines_a_minute_where_there_is_no_terminal(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(metrics, "PLAIN_INTERVAL_S", 0.0)
     with RunLog(tmp_path, 10) as log:

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.xdist_group(__name__)
 
 ARGS = """train --recipe digits --device cpu --model.patch_size 4 --model.embed_dim 32 --model.depth 2
 --model.num_heads 2 --batch 96 --epochs 2
---sched.warmup_epochs 1 --log.tensorboard False --resume auto --optim.ema_decay 0.9""".split()
+--sched.warmup_epochs 1 --log.tensorboard False --log.pos_interval 6 --resume auto --optim.ema_decay 0.9""".split()
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +47,16 @@ def assert_close(a, b, names=("last", "ema")) -> None:
             torch.testing.assert_close(found[key], expected[key], rtol=1e-3, atol=1e-4)
 
 
+def assert_pos_alike(a, b) -> None:
+    """Both runs looked at the PE after the same updates. Its norm is the same; each process has images of its own."""
+    found, expected = (metrics.read_log(folder, "pos") for folder in (a, b))
+    assert [row["step"] for row in found] == [row["step"] for row in expected] != []
+    for row, other in zip(found, expected, strict=True):
+        assert row["layers"] == other["layers"] == [1, "last"]
+        assert row["pos_norm"] == pytest.approx(other["pos_norm"], rel=1e-3)
+        assert row["correlation"] == pytest.approx(other["correlation"], abs=0.1)
+
+
 @pytest.fixture(scope="module")
 def alone(warm, tmp_path_factory):
     folder = tmp_path_factory.mktemp("alone") / "run"
@@ -63,10 +73,12 @@ def test_fsdp_learns_the_same_and_goes_on_as_ddp(warm, alone, tmp_path):
     text = run(warm, folder, "--optim.clip_grad", "100", processes=3)  # ddp
     assert "goes on from step-000000" in text
     assert_close(folder, alone)
+    assert_pos_alike(folder, alone)
     resumed = tmp_path / "fsdp"
     run(warm, resumed, "--dist.mode", "fsdp", processes=1, patch=stop, code=75)  # alone there is nothing to share out
     run(warm, resumed, "--dist.mode", "fsdp", processes=2)
     assert_close(resumed, alone)
+    assert_pos_alike(resumed, alone)
 
 
 @pytest.mark.parametrize("mode", ["ddp", "fsdp"])

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -59,12 +58,14 @@ def heatmaps(summary: Summary) -> Figure:
     figure = Figure((WIDTH, 1.0 + 1.05 * len(norms)), layout="constrained")
     axes = figure.subplots(len(norms), columns, squeeze=False)
     values = [v for norm in norms for v in (norm.tokens, norm.pos) if v is not None]
-    limit = float(np.quantile(torch.cat([v.abs().flatten() for v in values]).numpy(), 0.995)) or 1.0
+    limit = _high([value.abs() for value in values])
     for row, norm in zip(axes, norms, strict=True):
         for ax, value in zip(row, (norm.tokens, norm.pos), strict=False):
             image = _matrix(ax, value, limit)
             ax.set_yticks([0, len(value) - 1])
-            ax.tick_params(labelsize=7, labelbottom=norm is norms[-1])
+            ax.tick_params(
+                labelsize=7, labelbottom=norm is norms[-1] or norm.tokens.shape[1] != norms[-1].tokens.shape[1]
+            )
         row[0].set_ylabel(f"{norm.name}\nposition", fontsize=8)
     for ax, title in zip(axes[0], (r"tokens: mean of LN$_l$(x)", r"position embedding: LN'$_l$(pos)"), strict=False):
         ax.set_title(title, fontsize=10)
@@ -75,7 +76,7 @@ def heatmaps(summary: Summary) -> Figure:
 
 
 def _matrix(ax: Any, value: Tensor, limit: float) -> Any:
-    return ax.imshow(value, cmap=SIGNED, vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest")
+    return ax.imshow(value.numpy(), cmap=SIGNED, vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest")
 
 
 def correlation(summary: Summary) -> Figure:
@@ -88,7 +89,7 @@ def correlation(summary: Summary) -> Figure:
     values = [float(q.correlation(norm.tokens, norm.pos)) for norm in norms]
     top.plot(x, values, marker="o", color="C0")
     for at, value in zip(x, values, strict=True):
-        top.annotate(f"{value:.2f}", (at, value), (0, 7), textcoords="offset points", ha="center", fontsize=8)
+        top.annotate(f"{value:+.2f}", (at, value), (0, 7), textcoords="offset points", ha="center", fontsize=8)
     top.set(ylim=(-1.05, 1.05), ylabel="correlation")
     top.set_title(r"LN'$_l$(pos) against LN$_l$(x): $-$1 is a full counterweight", fontsize=10)
     middle.plot(x, [100 * float(q.opposite_channels(n.tokens, n.pos)) for n in norms], marker="o", color="C1")
@@ -121,7 +122,7 @@ def channels(summary: Summary) -> Figure:
         tokens, pos = every[i]
         opposite = tokens * pos < 0
         for mark, colour, which in (("o", "C0", opposite), ("x", "C1", ~opposite)):
-            ax.scatter(tokens[which], pos[which], s=12, marker=mark, color=colour, lw=0.8, alpha=0.8)
+            ax.scatter(tokens[which].numpy(), pos[which].numpy(), s=12, marker=mark, color=colour, lw=0.8, alpha=0.8)
         ax.axhline(0, color="0.5", lw=0.8)
         ax.axvline(0, color="0.5", lw=0.8)
         ax.set(xlim=(-limits[0], limits[0]), ylim=(-limits[1], limits[1]))
@@ -142,10 +143,12 @@ def last_norm(summary: Summary) -> Figure:
     figure = Figure((WIDTH * 0.8, 6.4), layout="constrained")
     top, middle, bottom = figure.subplots(3, 1)
     biases = [(bias, name) for bias, name in ((last.bias, "LN"), (last.pos_bias, "LN' of the PE")) if bias is not None]
-    for (bias, name), colour in zip(biases, ("C0", "C1"), strict=False):
+    if last.pos_bias is not None and last.bias is not None:
+        biases.append((last.bias + last.pos_bias, "both together"))
+    for (bias, name), colour, style in zip(biases, ("C0", "C1", "0.3"), ("-", "--", ":"), strict=False):
         label = f"{name}, variance {float(q.bias_variance(bias)):.2g}"
-        _histogram(top, bias, label, colour, [b for b, _ in biases])
-    top.set(xlabel="value", ylabel="channels")
+        top.plot(np.linspace(0, 100, len(bias)), bias.sort().values.numpy(), color=colour, ls=style, label=label)
+    top.set(xlabel="channels in the order of their bias (%)", ylabel="bias")
     top.set_title("bias of the last norm" + ("" if biases else ": it has none"), fontsize=10)
     _histogram(middle, last.cosine, f"mean {float(last.cosine.mean()):.3f}", "C0", [last.cosine])
     middle.set(xlabel="cosine", ylabel="tokens")
@@ -154,7 +157,7 @@ def last_norm(summary: Summary) -> Figure:
     for values, name, colour in zip(both, ("before", "after"), ("C0", "C1"), strict=True):
         _histogram(bottom, values, f"{name}, mean {float(values.mean()):.3f}", colour, both)
     bottom.set(xlabel="mean cosine", ylabel="images")
-    bottom.set_title("mean cosine between two tokens of an image, around the last norm", fontsize=10)
+    bottom.set_title("cosine between two tokens of an image, its mean", fontsize=10)
     for ax in (top, middle, bottom):
         ax.grid(alpha=0.3)
         ax.set_axisbelow(True)
@@ -180,18 +183,20 @@ def token_norms(summary: Summary, pictures: Sequence[np.ndarray] = ()) -> Figure
     if summary.last is not None:
         end = summary.layers[-1]
         maps.append(("after the last norm", end.output_norms, end.grid))
+        maps += [("", None, None)] * (-len(maps) % 3)  # an image and its maps share a row
         for i, picture in enumerate(pictures[: min(2, len(summary.last.shown_before))]):
             maps.append((f"image {i}", picture, None))
             maps.append((f"image {i}, before", summary.last.shown_before[i], end.grid))
             maps.append((f"image {i}, after", summary.last.shown_after[i], end.grid))
     panels = []
     for title, values, grid in maps:
-        if isinstance(values, np.ndarray):
+        if values is None or isinstance(values, np.ndarray):
             panels.append((title, values))
         elif grid is not None:
             mean = float(values.mean())
             panels.append((f"{title}\nmean {mean:.3g}", (values / (mean or 1.0)).view(grid)))
-    return _map_grid(panels, "length of the tokens over its mean", 1.0, 3)
+    off = _high([(value - 1).abs() for _, value in panels if isinstance(value, Tensor)])
+    return _map_grid(panels, 3, "length of a token over the map's mean", cmap=SIGNED, vmin=1 - off, vmax=1 + off)
 
 
 def position_similarity(summary: Summary) -> Figure:
@@ -199,20 +204,22 @@ def position_similarity(summary: Summary) -> Figure:
     table, grid = summary.table
     rows = [("table", table, grid)]
     rows += [(norm.name, norm.pos, norm.grid) for norm in chosen(summary.with_pos, 6) if norm.grid is not None]
-    figure = Figure((WIDTH * 0.85, 0.9 + 1.35 * len(rows)), layout="constrained")
+    figure = Figure((WIDTH * 0.72, 0.9 + 1.35 * len(rows)), layout="constrained")
     axes = figure.subplots(len(rows), 3, squeeze=False)
     for row, (name, pos, (height, width)) in zip(axes, rows, strict=True):
         places = (0, 0), (height // 2, width // 2), (height - 1, width // 2)
         similarity = q.position_similarity(pos, centred=True)
         for ax, (y, x) in zip(row, places, strict=True):
             values = similarity[y * width + x].view(height, width)
-            image = ax.imshow(values, cmap=SIGNED, vmin=-1, vmax=1, interpolation="nearest")
+            image = ax.imshow(values.numpy(), cmap=SIGNED, vmin=-1, vmax=1, interpolation="nearest")
             ax.plot(x, y, "o", mfc="none", mec="black", ms=7)
             ax.set(xticks=[], yticks=[])
         row[0].set_ylabel(name, fontsize=9)
     for ax, title in zip(axes[0], ("a corner", "the middle", "an edge"), strict=True):
         ax.set_title(title, fontsize=9)
-    figure.colorbar(image, ax=axes, location="bottom", shrink=0.7, aspect=40, label="cosine with the marked position")
+    figure.colorbar(
+        image, ax=axes, location="bottom", shrink=0.7, aspect=40, label="cosine with the marked position"
+    ).set_ticks((-1, -0.5, 0, 0.5, 1))
     return figure
 
 
@@ -226,16 +233,15 @@ def attention(summary: Summary, pictures: Sequence[np.ndarray] = ()) -> Figure |
     panels.append((f"mean of {summary.images}", None))
     panels += [(f"layer {each.layer}", each.mean.view(each.grid)) for each in layers]
     what = "attention of the class token" if summary.class_token else "attention received"
-    return _map_grid(panels, f"{what}, 1 is an even share", 1.0, 1 + len(layers))
+    high = _high([value for _, value in panels if isinstance(value, Tensor)])
+    return _map_grid(panels, 1 + len(layers), f"{what}, 1 is an even share", cmap=AMOUNT, vmin=0, vmax=high)
 
 
-def _map_grid(panels: Sequence[tuple[str, Any]], label: str, centre: float, columns: int) -> Figure:
-    """Maps (tensors) on one scale around `centre`, and images (arrays) in grey or colour; None is an empty panel."""
+def _map_grid(panels: Sequence[tuple[str, Any]], columns: int, label: str, **scale: Any) -> Figure:
+    """Maps (tensors) on one colour scale, and images (arrays) as they are; None is an empty panel."""
     rows = -(-len(panels) // columns)
-    figure = Figure((1.62 * columns + 0.2, 0.8 + 1.85 * rows), layout="constrained")
-    every = torch.cat([value.flatten() for _, value in panels if isinstance(value, Tensor)])
-    low, high = (float(v) for v in np.quantile(every.numpy(), (0.002, 0.998)))
-    norm = TwoSlopeNorm(centre, min(low, centre - 1e-3), max(high, centre + 1e-3))
+    figure = Figure((1.62 * columns + 0.2, 0.9 + 1.95 * rows), layout="constrained")
+    figure.get_layout_engine().set(h_pad=0.06)
     image, axes = None, figure.subplots(rows, columns, squeeze=False)
     for i, ax in enumerate(axes.flat):
         title, value = panels[i] if i < len(panels) else ("", None)
@@ -244,8 +250,15 @@ def _map_grid(panels: Sequence[tuple[str, Any]], label: str, centre: float, colu
         if value is None:
             ax.axis("off")
         elif isinstance(value, Tensor):
-            image = ax.imshow(value, cmap=SIGNED, norm=norm, interpolation="nearest")
+            image = ax.imshow(value.numpy(), interpolation="nearest", **scale)
         else:
             ax.imshow(value, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-    figure.colorbar(image, ax=axes, location="bottom", shrink=0.8, aspect=40, extend="both", label=label)
+    if image is not None:
+        figure.colorbar(image, ax=axes, location="bottom", shrink=0.8, aspect=40, extend="both", label=label)
     return figure
+
+
+def _high(values: Sequence[Tensor]) -> float:
+    """The end of a colour scale from 0: above all values but outliers."""
+    every = torch.cat([value.flatten() for value in values]).numpy() if values else np.zeros(1)
+    return float(np.quantile(every, 0.995)) or 1.0

@@ -95,8 +95,8 @@ class Summary:
             return [f"{self.model} has no transformer layers that are known here, so there is nothing to show of it"]
         if not self.with_pos:
             said.append(
-                f"{self.model} has no norm with a position embedding: left out are its heat maps and its correlation "
-                "with the tokens"
+                f"{self.model} has no norm that takes a position embedding: the embedding's heat maps and its "
+                "correlation with the tokens are left out"
             )
         elif self.last is not None and self.layers[-1].pos is None:
             said.append(
@@ -143,9 +143,11 @@ class Summary:
                 "neighbour_similarity": _similarity(*self.table),
             }
         if (last := self.last) is not None:
+            biases = {"tokens": last.bias, "pos": last.pos_bias}
             found["last_norm"] = {
-                "bias_variance": None if last.bias is None else _number(q.bias_variance(last.bias)),
-                "pos_bias_variance": None if last.pos_bias is None else _number(q.bias_variance(last.pos_bias)),
+                "bias_variance": {
+                    k: None if bias is None else _number(q.bias_variance(bias)) for k, bias in biases.items()
+                },
                 "cosine_before_after": _spread(last.cosine),
                 "token_similarity": {
                     "before": _spread(last.similarity_before),

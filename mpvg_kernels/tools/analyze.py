@@ -137,7 +137,7 @@ def describe(result: dict[str, Any]) -> str:
             )
     if last := result["last_norm"]:
         cosine = last["cosine_before_after"]["mean"]
-        variance = "none" if last["bias_variance"] is None else f"{last['bias_variance']:.4f}"
+        variance = "none" if (v := last["bias_variance"]["tokens"]) is None else f"{v:.2g}"
         lines.append(f"last norm: variance of its bias {variance}, cosine of a token before and after it {cosine:.3f}")
     lines.append(f"written: {Path(result['written'][0]).parent}")
     return "\n".join(lines)
