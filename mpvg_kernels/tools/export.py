@@ -123,6 +123,7 @@ def export(
     _check_places(path, card_path, format)
 
     model = found.model
+    own_size = tuple(timm.models.get_model_input_config(model)["input_size"])
     if img_size:
         _resize(model, img_size)
     model.to(device).eval()
@@ -140,10 +141,15 @@ def export(
             if format == "safetensors":
                 again = _write_safetensors(model, tmp)
             else:
-                program = _trace(model, torch.randn(batch or 2, *input_size, device=device), batch, kernels)
                 write = {"onnx": functools.partial(_write_onnx, opset=opset), "pt2": _write_pt2, "aot": _write_aot}
-                with _quiet():
-                    again = write[format](program, tmp, json.dumps(about))
+                try:
+                    with _quiet():
+                        program = _trace(model, torch.randn(batch or 2, *input_size, device=device), batch, kernels)
+                        again = write[format](program, tmp, json.dumps(about))
+                except (RuntimeError, ValueError) as error:  # of the tracer, the exporter, the compiler
+                    size = "x".join(map(str, input_size))
+                    why = _first_line(error)
+                    raise InputError(f"--format {format} can't hold the model for {size} images ({why})") from None
             difference = _difference([again(x.to(device)).cpu() for x in images], expected, TOLERANCES[format])
         if fresh_check:
             try:
@@ -152,16 +158,15 @@ def export(
                 raise CheckError(f"what was written {error}; nothing was kept") from None
             fresh = _difference([torch.from_numpy(x) for x in logits], expected, TOLERANCES[format])
             difference = max(difference, fresh)
-        done = Exported(path, found.what, input_size, difference, (card_path or path / "README.md") if card else None)
         if card:
-            text = model_card.model_card(
-                found, about, done, tmp, format=format, batch=batch, kernels=kernels, device=device,
-                needs_package=needs_package, tolerance=TOLERANCES[format], fresh=fresh_check,
+            made = model_card.Artefact(
+                path.name, tmp, format, about, batch, kernels, device, needs_package, input_size != own_size,
+                difference, TOLERANCES[format], fresh_check,
             )  # fmt: skip
-            (tmp_card if card_path else tmp / "README.md").write_text(text)
+            (tmp_card if card_path else tmp / "README.md").write_text(model_card.model_card(found, made))
+        os.replace(tmp, path)
         if card_path:
             os.replace(tmp_card, card_path)
-        os.replace(tmp, path)
     except OSError as error:
         why = error.strerror or error
         raise InputError(f"{path} can't be written ({why}): choose another place with --out") from None
@@ -170,7 +175,7 @@ def export(
         for file in (tmp, tmp_card):
             with contextlib.suppress(OSError):
                 file.unlink(missing_ok=True)
-    return done
+    return Exported(path, found.what, input_size, difference, (card_path or path / "README.md") if card else None)
 
 
 # ---- what is asked for
@@ -264,6 +269,8 @@ def _from_name(source: str, weights: str | None, scheme: str | None) -> Source:
 def _resize(model: nn.Module, img_size: tuple[int, int]) -> None:
     if not hasattr(model, "set_input_size"):
         raise InputError("--img-size: this model takes images of any size; leave it out")
+    if min(img_size) < 1:
+        raise InputError(f"--img-size {img_size[0]}x{img_size[1]}: expected 1 pixel or more")
     try:
         check_divides(img_size, model.patch_embed.patch_size)
         model.set_input_size(img_size=img_size)
@@ -277,7 +284,8 @@ def _about(model: nn.Module) -> dict[str, Any]:
     about = {"architecture": model.pretrained_cfg["architecture"], "num_classes": model.num_classes}
     if hasattr(model, "scheme"):
         about["scheme"] = str(model.scheme)
-    about |= {key: cfg[key] for key in ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")}
+    about["input_size"] = timm.models.get_model_input_config(model)["input_size"]  # set_input_size leaves cfg's alone
+    about |= {key: cfg[key] for key in ("mean", "std", "interpolation", "crop_pct", "crop_mode")}
     names = model.pretrained_cfg.get("label_names")
     return about | ({"label_names": list(names)} if names else {})
 
@@ -339,10 +347,7 @@ def _write_pt2(program: torch.export.ExportedProgram, path: Path, about: str) ->
 def _write_aot(program: torch.export.ExportedProgram, path: Path, about: str) -> Forward:
     options = {"aot_inductor.metadata": {"preprocessing": about}}
     options["cpp.dynamic_threads"] = True  # else it runs on as many threads as this process has, wherever it is loaded
-    try:
-        torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=options)
-    except RuntimeError as error:  # of the compiler too
-        raise InputError(f"--format aot: Inductor can't compile the model ({_first_line(error)})") from None
+    torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=options)
     return torch._inductor.aoti_load_package(str(path))
 
 
@@ -369,10 +374,7 @@ def _write_onnx(program: torch.export.ExportedProgram, path: Path, about: str, o
         )
     written.model.metadata_props["preprocessing"] = about
     written.save(path, external_data=False)
-    try:
-        onnx.checker.check_model(path)
-    except onnx.checker.ValidationError as error:
-        raise InputError(f"--opset {opset}: it can't hold the model ({_first_line(error)}); leave it out") from None
+    onnx.checker.check_model(path)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     try:

@@ -8,7 +8,7 @@ import json
 import platform
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import timm
 import torch
@@ -23,7 +23,7 @@ from ..train.report import table
 from .loading import usage
 
 if TYPE_CHECKING:
-    from .export import Exported, Source
+    from .export import Source
 
 FRONT_MATTER = """\
 ---
@@ -75,48 +75,48 @@ torch::Tensor logits = model.run({torch::randn({SHAPE}, DEVICE)})[0];
 ```"""
 
 
-def model_card(
-    source: "Source",
-    about: dict[str, Any],
-    done: "Exported",
-    written: Path,
-    *,
-    format: str,
-    batch: int | None,
-    kernels: bool,
-    device: str,
-    needs_package: bool,
-    tolerance: float,
-    fresh: bool,
-) -> str:
-    """The card of what was exported.
+class Artefact(NamedTuple):
+    """What was written, as the card tells it."""
 
-    Args:
-        source: the model and where it comes from.
-        about: what the file says of its images and classes.
-        done: the export; `written` is where its file is for now.
-        format, batch, kernels, device: as `export` takes them.
-        needs_package: whether loading takes mpvg_kernels.
-        tolerance: what a logit was allowed to differ, over the largest logit.
-        fresh: whether it was loaded in a fresh process.
-    """
-    file = done.path.name
+    file: str
+    """Its name."""
+    written: Path
+    """Where it is for now."""
+    format: str
+    about: dict[str, Any]
+    """What the file says of its images and classes."""
+    batch: int | None
+    kernels: bool
+    device: str
+    needs_package: bool
+    """Whether loading it takes mpvg_kernels."""
+    resized: bool
+    """Whether its image size is another than the one that its weights were trained for."""
+    difference: float
+    """Largest difference of a logit from eager, over the largest logit; `tolerance` was allowed."""
+    tolerance: float
+    fresh: bool
+    """Whether it was loaded in a fresh process."""
+
+
+def model_card(source: "Source", made: Artefact) -> str:
+    """The card of a model that was exported: Markdown."""
     ours = type(source.model).__module__.startswith("mpvg_kernels.")
     sections = [
-        f"# {file.removesuffix('.pt2').removesuffix('.aot').removesuffix('.onnx')}",
-        _what(source, about),
+        f"# {made.file.removesuffix('.pt2').removesuffix('.aot').removesuffix('.onnx')}",
+        _what(source, made.about),
         f"## Training\n\n{_training(source)}",
-        "## File\n\n" + _file(source, written, done, format, batch, kernels, device, needs_package, tolerance, fresh),
-        f"## Use\n\n{_use(file, about, format, batch, device, needs_package)}",
-        f"## Limits\n\n{_limits(source, format, device)}",
-        f"## Made with\n\n{_versions(source, format)}",
+        f"## File\n\n{_file(made)}",
+        f"## Use\n\n{_use(made)}",
+        f"## Limits\n\n{_limits(source, made)}",
+        f"## Made with\n\n{_versions(source, made.format)}",
         "## Licence\n\nTo be filled in by whoever publishes the model: the licence of the weights, and what that of "
         "the training data asks for.",
     ]
-    if str(about.get("scheme", "")).partition("(")[0] in PAPERS_SCHEMES:
+    if str(made.about.get("scheme", "")).partition("(")[0] in PAPERS_SCHEMES:
         said = "The position scheme is from the paper below, whose authors have nothing to do with these weights."
         sections.append(f"## Citation\n\n{said}\n\n{CITATION}")
-    front = FRONT_MATTER.format("\n- mpvg_kernels" if ours else "") + "\n" if format == "safetensors" else ""
+    front = FRONT_MATTER.format("\n- mpvg_kernels" if ours else "") + "\n" if made.format == "safetensors" else ""
     return front + "\n\n".join(sections) + "\n"
 
 
@@ -187,8 +187,8 @@ def _training(source: "Source") -> str:
     if source.run is None:
         if source.folder is None:
             return "None."
-        more = ", beside what its README.md says" if (source.folder / "README.md").exists() else ""
-        return f"The folder that the weights were exported from does not record how they were trained{more}."
+        more = ", except in its README.md" if (source.folder / "README.md").exists() else ""
+        return f"How the weights were trained is not recorded in the folder that they were exported from{more}."
     info = source.run.info
     parts = []
     try:
@@ -254,39 +254,29 @@ def _command(info: dict[str, Any]) -> str:
 # ---- the file
 
 
-def _file(
-    source: "Source",
-    written: Path,
-    done: "Exported",
-    format: str,
-    batch: int | None,
-    kernels: bool,
-    device: str,
-    needs_package: bool,
-    tolerance: float,
-    fresh: bool,
-) -> str:
-    files = sorted(written.iterdir()) if written.is_dir() else [written]
-    names = [file.name if written.is_dir() else done.path.name for file in files]
+def _file(made: Artefact) -> str:
+    files = sorted(made.written.iterdir()) if made.written.is_dir() else [made.written]
+    names = [file.name if made.written.is_dir() else made.file for file in files]
     sizes = ", ".join(f"`{name}` ({_bytes(file.stat().st_size)})" for name, file in zip(names, files, strict=True))
     opset = ""
-    if format == "onnx":
+    if made.format == "onnx":
         import onnx
 
-        opset = next(e.version for e in onnx.load(written, load_external_data=False).opset_import if not e.domain)
-    what = FORMATS[format].format(opset=opset, target=_target(device))
-    need = {"onnx": "onnxruntime", "safetensors": "timm"}.get(format, f"PyTorch ({torch.__version__} wrote it)")
-    if needs_package:
-        need += " and mpvg_kernels, whose " + ("fused operators it holds" if kernels else "architecture it is")
-    elif format != "safetensors":
-        need += ", not mpvg_kernels" + (" or PyTorch" if format == "onnx" else " or timm")
-    takes = "any number of images" if batch is None else f"{batch} images"
-    where = "in the exporting process" + (" and in a fresh one" if fresh else "")
+        found = onnx.load(made.written, load_external_data=False).opset_import
+        opset = next(each.version for each in found if not each.domain)
+    what = FORMATS[made.format].format(opset=opset, target=_target(made.device))
+    need = {"onnx": "onnxruntime", "safetensors": "timm"}.get(made.format, f"PyTorch ({torch.__version__} wrote it)")
+    if made.needs_package:
+        need += " and mpvg_kernels, whose " + ("fused operators it holds" if made.kernels else "architecture it is")
+    elif made.format != "safetensors":
+        need += ", not mpvg_kernels" + (" or PyTorch" if made.format == "onnx" else " or timm")
+    takes = "any number of images" if made.batch is None else f"{made.batch} images"
+    where = "in the exporting process" + (" and in a fresh one" if made.fresh else "")
     return (
         f"{sizes}: {what}. Loading takes {need}. A call takes {takes}. How images are prepared, and what the classes "
-        f"are called, is in {FILES[format]}.\n\nChecked at the export: loaded {where}, its logits on random images "
-        f"differ from the model's in eager PyTorch by at most {done.difference:.1e} of the largest logit (allowed: "
-        f"{tolerance:.0e})."
+        f"are called, is in {FILES[made.format]}.\n\nChecked at the export: loaded {where}, its logits on random "
+        f"images differ from the model's in eager PyTorch by at most {made.difference:.1e} of the largest logit "
+        f"(allowed: {made.tolerance:.0e})."
     )
 
 
@@ -314,17 +304,18 @@ def _bytes(count: float) -> str:
     return f"{count} bytes"
 
 
-def _use(file: str, about: dict[str, Any], format: str, batch: int | None, device: str, needs_package: bool) -> str:
-    text = f"In the folder that holds `{file}`, with an image `image.png` there:\n\n"
-    text += f"```python\n{usage(format, file, device, needs_package)}```"
-    if format == "aot" and not needs_package:
-        shape = ", ".join(map(str, (batch or 1, *about["input_size"])))
-        cpp = CPP.replace("FILE", json.dumps(file)).replace("SHAPE", shape)
-        text += "\n\n" + cpp.replace("DEVICE", "torch::kCUDA" if device == "cuda" else "torch::kCPU")
+def _use(made: Artefact) -> str:
+    text = f"In the folder that holds `{made.file}`, with an image `image.png` there:\n\n"
+    text += f"```python\n{usage(made.format, made.file, made.device, made.needs_package)}```"
+    if made.format == "aot" and not made.kernels:
+        shape = ", ".join(map(str, (made.batch or 1, *made.about["input_size"])))
+        device = "torch::kCUDA" if made.device == "cuda" else "torch::kCPU"
+        cpp = CPP.replace("FILE", json.dumps(made.file)).replace("SHAPE", shape).replace("DEVICE", device)
+        text += f"\n\n{cpp}"
     return text
 
 
-def _limits(source: "Source", format: str, device: str) -> str:
+def _limits(source: "Source", made: Artefact) -> str:
     if source.run is not None:
         data = source.run.info.get("config", {}).get("data", {}).get("name")
         lines = [
@@ -339,7 +330,10 @@ def _limits(source: "Source", format: str, device: str) -> str:
         "Not evaluated: other data, images that are blurred, rotated or made to deceive it, calibration of the "
         "probabilities, differences between groups of people."
     )
-    if format == "aot":
+    if made.resized and (source.run or source.folder):
+        size = "x".join(map(str, made.about["input_size"][1:]))
+        lines.append(f"Exported for images of {size}, which is not the size of its training: not evaluated there.")
+    if made.format == "aot":
         lines.append(
             "Compiled for the machine kind above: on another processor or GPU, or with another PyTorch, it may fail to "
             "load or stop with an illegal instruction. Export it again there."
