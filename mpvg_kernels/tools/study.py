@@ -2,6 +2,8 @@
 
     mpvg study digits --seeds 5
 
+study.md, study.json and the pictures are made at the end, from the run folders alone.
+
 Each run is a run folder, DIR/SCHEME-seed-K, trained in a process of its own, and goes on by the trainer's own resume: a
 study that was stopped or killed goes on with the same command, and ends in the same table. All schemes of a seed come
 before the next seed, so that what is there at any moment is as many whole pairs as can be.
@@ -26,16 +28,23 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..analysis.diagnostics import pos_statistics
+from ..analysis.probe import norms_of
+from ..analysis.quantities import bias_variance
 from ..models.position_scheme import PositionScheme
 from ..train import InputError, Stopped, TrainingError, distributed, loop, recipes
 from ..train.config import Config, check_options, from_args, ignored
+from ..train.data.evaluation import open_images
 from ..train.metrics import read_log
-from ..train.run_folder import RunFolder, lock_folder, print_warning, show
+from ..train.run_folder import RunFolder, lock_folder, print_warning, show, write_json
 from ..train.signals import PASSED_ON, Signals
+from . import study_report
 
 SCHEMES = ("default", "gap", "lape", "lape_gap", "pvg", "mpvg")
 SCHEMES += ("mpvg(first_layer=0)", "mpvg(hierarchical=False)", "mpvg(add_to_input=False)")
 """The paper's methods and the rows of its Table 6."""
+PROBED = 64
+"""Held-out images on which the correlations are taken, as many as `mpvg analyze` takes."""
 POLL_S = 0.5
 """Seconds between two looks at whether a signal has come."""
 
@@ -124,7 +133,7 @@ def study(
     Raises:
         InputError: what is asked for makes no sense, the folder holds runs of another config, or another process is at
             work in it.
-        TrainingError: no run has succeeded.
+        TrainingError: no run has succeeded, or the results can't be written.
         Stopped: a signal came; the runs are saved.
     """
     if distributed.find_world().size > 1:
@@ -149,10 +158,20 @@ def study(
         for sentence in ignored(config):
             print_warning(sentence)
         failed = train_runs(runs, recipe, out, jobs)
+        finished = [run for run in runs if is_finished(run)]
+        if not finished:
+            raise TrainingError(f"no run has succeeded; the first failed so: {next(iter(failed.values()))}")
+        found = look_at(runs, recipe, fields, out, failed)
+        try:
+            write_json(out / "study.json", found)
+            study_report.write(found, out)
+        except OSError as error:
+            raise TrainingError(f"{out} can't be written ({error.strerror}); the runs are whole, and not lost") from None
     finally:
         if lock is not None:
             lock.close()
-    return {"failed": failed}
+    show(f"{found['claim']}\nreport in {out / 'study.md'}")
+    return found
 
 
 def default_jobs(config: Config) -> int:
@@ -305,3 +324,77 @@ def duration(seconds: float) -> str:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
+
+
+# ---- looking at what was trained
+
+
+def look_at(
+    runs: Sequence[Run], recipe: str, fields: Sequence[str], out: Path, failed: dict[str, str]
+) -> dict[str, Any]:
+    """What study.json holds, from the finished ones of the runs: `study_report.result` with the costs."""
+    names, seeds = list(dict.fromkeys(run.scheme for run in runs)), sorted({run.seed for run in runs})
+    finished = {(run.scheme, run.seed): run for run in runs if is_finished(run)}
+    images, x, reason = _held_out(runs[0].config)
+    schemes, folders = {}, []
+    for name in names:
+        row = {"parameters": None, "accuracy": [], "loss": [], "bias_variance": [], "pos": []}
+        for seed in seeds:
+            run = finished.get((name, seed))
+            last, found = (last_epoch(run), RunFolder(run.folder)) if run else ({}, None)
+            row["accuracy"].append(last.get("test_acc"))
+            row["loss"].append(last.get("test_loss"))
+            variance, pos = _look_at_norms(found, x) if found and x is not None else (None, None)
+            row["bias_variance"].append(variance)
+            row["pos"].append(pos)
+            if found is not None:
+                folders.append(found)
+                row["parameters"] = found.info["parameters"]
+        schemes[name] = row
+    about = {"recipe": recipe, "fields": list(fields), "seeds": seeds, "small": runs[0].config.data.name == "digits"}
+    about["position"] = {"images": None if x is None else len(x), "reason": reason}
+    return study_report.result(about, schemes, images, failed) | {"cost": _cost(out, runs, folders)}
+
+
+def _held_out(config: Config) -> tuple[int | None, torch.Tensor | None, str]:
+    """How many held-out images there are, the first PROBED of them (B, C, H, W), and why not where there are none."""
+    try:
+        images = open_images(config, distributed.pick_device(config.device), "validation")
+    except InputError as error:
+        return None, None, str(error)
+    try:
+        batch = next(images.batches(PROBED, range(min(PROBED, images.size))), None)
+    finally:
+        images.close()
+    return images.size, None if batch is None else batch.x, "no held-out image could be read"
+
+
+def _look_at_norms(folder: RunFolder, x: torch.Tensor) -> tuple[float | None, dict[str, list] | None]:
+    """Variance of the last norm's bias, and `pos_statistics`, of a run's last weights."""
+    try:
+        model = folder.model("last").to(x.device)
+    except InputError as error:
+        print_warning(f"{error}; the study's correlations are without this run")
+        return None, None
+    with loop.cpu_threads(folder.config().threads):
+        statistics = pos_statistics(model, x)
+    bias = getattr(norms_of(model).get("last"), "bias", None)
+    return None if bias is None else float(bias_variance(bias.detach())), statistics
+
+
+def _cost(out: Path, runs: Sequence[Run], folders: Sequence[RunFolder]) -> dict[str, Any]:
+    """CPU and wall time of the runs, machines and versions: all that may be another when the study is repeated."""
+    path, names = out / "costs.jsonl", {run.folder.name for run in runs}
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    lines = [line for line in lines if line["run"] in names]
+    told = {"machines": [], "versions": []}
+    for folder in folders:
+        machine, versions = folder.info["machine"], folder.info["versions"]
+        device = machine["gpu"] or f"{machine['cpu']}, {machine['threads']} threads a run"
+        told["machines"].append(f"{device}, {machine['system']}, backend {folder.info['backend']}")
+        told["versions"].append(", ".join(f"{name} {version}" for name, version in versions.items()))
+    return {
+        "runs": len({line["run"] for line in lines}),
+        **{key: round(sum(line[key] for line in lines), 1) for key in ("wall_s", "cpu_s")},
+        **{key: list(dict.fromkeys(values)) for key, values in told.items()},
+    }
