@@ -56,8 +56,8 @@ def t_test(differences: Sequence[float]) -> float | None:
 def sign_flip_test(differences: Sequence[float]) -> float:
     """Exact two-sided p-value of the sign-flip test: if the pairs' order meant nothing, each sign could be the other.
 
-    It is the share of the 2^n ways to choose the signs whose sum is as far from 0 as the observed one or farther, and so
-    2 / 2^n at the least. Sums are counted, not enumerated: accuracies are whole numbers of images, and few sums differ.
+    It is the share of the 2^n ways to choose the signs whose sum is as far from 0 as the observed one or farther,
+    2 / 2^n at the least. Sums are counted, not enumerated: accuracies are whole numbers of images, so few sums differ.
     """
     sums = Counter({0.0: 1})
     for difference in differences:
@@ -66,7 +66,7 @@ def sign_flip_test(differences: Sequence[float]) -> float:
             for signed in (difference, -difference):
                 following[round(value + signed, 6)] += count
         sums = following
-    observed = abs(math.fsum(differences)) - 1e-4  # rounding; an image of a million is as much
+    observed = abs(math.fsum(differences)) - 1e-4  # for rounding: an image of a million
     return sum(count for value, count in sums.items() if abs(value) >= observed) / 2 ** len(differences)
 
 

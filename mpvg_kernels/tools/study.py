@@ -16,6 +16,7 @@ import multiprocessing
 import os
 import re
 import resource
+import shlex
 import signal
 import sys
 import threading
@@ -26,16 +27,17 @@ from multiprocessing import connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import timm
 import torch
 
 from ..analysis.diagnostics import pos_statistics
 from ..analysis.probe import norms_of
 from ..analysis.quantities import bias_variance
-from ..models.position_scheme import PositionScheme
 from ..train import InputError, Stopped, TrainingError, distributed, loop, recipes
 from ..train.config import Config, check_options, from_args, ignored
 from ..train.data.evaluation import open_images
 from ..train.metrics import read_log
+from ..train.model import ARGUMENTS
 from ..train.run_folder import RunFolder, lock_folder, print_warning, show, write_json
 from ..train.signals import PASSED_ON, Signals
 from . import study_report
@@ -66,7 +68,7 @@ def runs_of(recipe: str, schemes: Sequence[str], seeds: int, fields: Sequence[st
 
     Args:
         recipe: a recipe's name.
-        schemes: position schemes as text.
+        schemes: position schemes as text; see `distinct`.
         seeds: how many; they are 0 to seeds - 1.
         fields: config fields of all runs that differ from the recipe's, as on the command line.
         out: the study's folder.
@@ -82,12 +84,7 @@ def runs_of(recipe: str, schemes: Sequence[str], seeds: int, fields: Sequence[st
     if seeds < 1:
         raise InputError(f"--seeds is {seeds}, expected 1 or more")
     base = from_args(base, list(fields), f"mpvg study {recipe}")
-    try:
-        names = [str(PositionScheme.parse(scheme)) for scheme in schemes]
-    except ValueError as error:
-        raise InputError(f"--schemes: {error}") from None
-    if twice := [name for i, name in enumerate(names) if name in names[:i]]:
-        raise InputError(f"--schemes has {twice[0]} twice")
+    names = distinct(schemes, base)
     models = {name: dataclasses.replace(base.model, scheme=name) for name in names}
     stems = {name: re.sub(r"[^a-zA-Z0-9_.=]+", "-", name).strip("-") for name in names}
     return [
@@ -95,6 +92,26 @@ def runs_of(recipe: str, schemes: Sequence[str], seeds: int, fields: Sequence[st
         for seed in range(seeds)
         for name in names
     ]
+
+
+def distinct(schemes: Sequence[str], config: Config) -> list[str]:
+    """The schemes as the config's architecture writes them, each once: to Swin `default` is another name of `gap`.
+
+    Raises:
+        InputError: one that there is not, or that the model can't have.
+    """
+    names: list[str] = []
+    fields = {name: value for name in ARGUMENTS if (value := getattr(config.model, name)) is not None}
+    for scheme in schemes:
+        try:
+            name = str(timm.create_model(config.model.name, **fields | {"scheme": scheme}, device="meta").scheme)
+        except (AttributeError, RuntimeError, TypeError, ValueError) as error:
+            raise InputError(f"{config.model.name} can't be made with the scheme {scheme!r} ({error})") from None
+        if name in names:
+            show(f"{scheme!r} is {name!r} in {config.model.name}, which is trained once")
+        else:
+            names.append(name)
+    return names
 
 
 def is_finished(run: Run) -> bool:
@@ -166,7 +183,9 @@ def study(
             write_json(out / "study.json", found)
             study_report.write(found, out)
         except OSError as error:
-            raise TrainingError(f"{out} can't be written ({error.strerror}); the runs are whole, and not lost") from None
+            raise TrainingError(
+                f"{out} can't be written ({error.strerror}); the runs are whole, and not lost"
+            ) from None
     finally:
         if lock is not None:
             lock.close()
@@ -269,7 +288,7 @@ def train_runs(runs: Sequence[Run], recipe: str, out: Path, jobs: int) -> dict[s
     failed: dict[str, str] = {}
     if ready:
         show(f"{ready} of {len(runs)} runs are finished already")
-    total, at_work, start = len(waiting), [], time.perf_counter()
+    at_work, seconds = [], []
     with Signals() as signals:
         while at_work or (waiting and signals.received is None):
             while waiting and len(at_work) < jobs and signals.received is None:
@@ -295,9 +314,10 @@ def train_runs(runs: Sequence[Run], recipe: str, out: Path, jobs: int) -> dict[s
                     outcome = f"failed: {found['error']}"
                 else:
                     outcome = f"{last_epoch(job.run).get('test_acc', math.nan):.2f} %, {found['wall_s']:.0f} s"
+                    seconds.append(found["wall_s"])
                 left = len(waiting) + len(at_work)
-                seconds = (time.perf_counter() - start) / (total - left) * left
-                show(f"[{ready}/{len(runs)}] {job.run}: {outcome}{f'; about {duration(seconds)} left' if left else ''}")
+                time_left = study_report.duration(sum(seconds) / len(seconds) * left / jobs) if left and seconds else ""
+                show(f"[{ready}/{len(runs)}] {job.run}: {outcome}{time_left and f'; about {time_left} left'}")
         if waiting or signals.received is not None and not all(map(is_finished, runs)):
             raise Stopped(
                 f"{signals.received}: {sum(map(is_finished, runs))} of {len(runs)} runs are finished; the same command "
@@ -316,14 +336,6 @@ def _note_cost(out: Path, job: Job, found: dict[str, Any]) -> None:
             file.write(json.dumps(line) + "\n")
     except OSError as error:
         print_warning(f"{out / 'costs.jsonl'} could not be written ({error.strerror})")
-
-
-def duration(seconds: float) -> str:
-    """`40 s`, `12 min` or `3 h 20 min`."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
 
 
 # ---- looking at what was trained
@@ -351,7 +363,10 @@ def look_at(
                 folders.append(found)
                 row["parameters"] = found.info["parameters"]
         schemes[name] = row
-    about = {"recipe": recipe, "fields": list(fields), "seeds": seeds, "small": runs[0].config.data.name == "digits"}
+    command = ["mpvg", "study", recipe, "--seeds", str(len(seeds))]
+    command += [] if names == list(SCHEMES) else ["--schemes", *names]
+    about = {"recipe": recipe, "command": shlex.join([*command, *fields]), "seeds": seeds}
+    about["small"] = runs[0].config.data.name == "digits"
     about["position"] = {"images": None if x is None else len(x), "reason": reason}
     return study_report.result(about, schemes, images, failed) | {"cost": _cost(out, runs, folders)}
 
@@ -390,7 +405,8 @@ def _cost(out: Path, runs: Sequence[Run], folders: Sequence[RunFolder]) -> dict[
     told = {"machines": [], "versions": []}
     for folder in folders:
         machine, versions = folder.info["machine"], folder.info["versions"]
-        device = machine["gpu"] or f"{machine['cpu']}, {machine['threads']} threads a run"
+        threads = f"{machine['threads']} thread{'s' if machine['threads'] > 1 else ''} a run"
+        device = machine["gpu"] or f"{machine['cpu']}, {threads}"
         told["machines"].append(f"{device}, {machine['system']}, backend {folder.info['backend']}")
         told["versions"].append(", ".join(f"{name} {version}" for name, version in versions.items()))
     return {

@@ -40,9 +40,9 @@ def compare(accuracies: Mapping[str, Sequence[float | None]]) -> list[dict[str, 
         accuracies: scheme -> per cent by seed, None where there is none.
 
     Returns:
-        For each: baseline, scheme, differences (by seed, None where there is none), n, mean, sd, low, high (95 % interval),
-        t_p, sign_flip_p, holm_p (t_p adjusted for all comparisons). None where fewer than two seeds, or seeds without
-        any spread, give no number.
+        For each: baseline, scheme, differences (by seed, None where there is none), n, mean, sd, low, high (95 %
+        interval), t_p, sign_flip_p, holm_p (t_p adjusted for all comparisons). None where one seed alone, or seeds
+        without any spread, give no number.
     """
     found = []
     for baseline, scheme in pairs(list(accuracies)):
@@ -119,23 +119,25 @@ def claim(comparisons: Sequence[dict[str, Any]]) -> str:
     if not found:
         text = f"No scheme differs from {_listed(baselines, 'or')} beyond the 95 % interval of its paired difference."
     else:
-        said = [
-            f"{row['scheme']} is {'above' if row['mean'] > 0 else 'below'} {row['baseline']} by {abs(row['mean']):.2f} "
-            f"points ({_interval(row)})"
-            for row in found
-        ]
-        text = f"Beyond the 95 % interval of their paired difference: {_listed(said)}. The other "
-        text += f"{len(with_interval) - len(found)} of {len(with_interval)} comparisons are within theirs."
-        left = [row for row in found if row["holm_p"] <= 1 - LEVEL]
-        text += " One comparison in twenty passes that limit where nothing differs; with Holm's correction for all of them "
-        names = [f"{row['scheme']} against {row['baseline']}" for row in left]
-        text += f"what remains is {_listed(names)}." if left else "none remains."
+        said = []
+        for baseline in baselines:
+            theirs = [
+                f"{row['scheme']} {row['mean']:+.2f} ({_interval(row)})" for row in found if row["baseline"] == baseline
+            ]
+            said += [f"against {baseline}, {_listed(theirs)}"] if theirs else []
+        names = [f"{row['scheme']} against {row['baseline']}" for row in found if row["holm_p"] <= 1 - LEVEL]
+        remaining = f"what remains is {_listed(names)}" if names else "none remains"
+        text = (
+            f"Paired differences beyond their 95 % interval, in points: {'; '.join(said)}. The other "
+            f"{len(with_interval) - len(found)} of {len(with_interval)} comparisons are within theirs. Where nothing "
+            f"differs one comparison in twenty looks so; with Holm's correction for all of them {remaining}."
+        )
     n = max(row["n"] for row in with_interval)
     least = 2 / 2**n
     if least > 1 - LEVEL:
-        text += f" The exact sign-flip test can't go below {least:g} with {n} seeds, so it confirms no difference."
+        text += f" With {n} seeds the exact sign-flip test can't go below {least:g}, and so can't confirm any at 5 %."
     half = plain.median((row["high"] - row["low"]) / 2 for row in with_interval)
-    return f"{text} Differences of less than about {half:.1f} points can't be seen here: that is the median interval's half."
+    return f"{text} Half the intervals are wider than ±{half:.2f} points: differences that small can't be seen here."
 
 
 def _listed(words: Sequence[str], last: str = "and") -> str:
@@ -168,7 +170,7 @@ def markdown(found: dict[str, Any]) -> str:
     size = ""
     if images:
         size = (
-            f" There are {images:,} of them, so that one is {found['image_percent']:.2g} points, and the binomial standard "
+            f" There are {images:,} of them: one is {found['image_percent']:.2g} points, and the binomial standard "
             f"error of an accuracy of {found['accuracy_of_all']:.1f} % is {found['binomial_error']:.2g} points."
         )
     parts.append(
@@ -186,11 +188,13 @@ def markdown(found: dict[str, Any]) -> str:
 
 
 def _differences(found: dict[str, Any]) -> str:
+    tested = sum(row["holm_p"] is not None for row in found["comparisons"])
     text = [
         "## Paired differences",
-        "Scheme minus baseline at the same seed, in points, with the mean's 95 % interval by Student's t. p (flip) is the "
-        "exact sign-flip test's, p (t) the paired t-test's, p (Holm) the latter adjusted for all "
-        f"{len(found['comparisons'])} comparisons. Bold: the interval leaves out 0.",
+        "Scheme minus baseline at the same seed, in points, with the mean's 95 % interval by Student's t. p (flip) is "
+        "the exact sign-flip test's, p (t) the paired t-test's, p (Holm) the latter adjusted for all "
+        f"{tested} comparisons. Bold: the interval leaves out 0. A dash: the differences are all the same, or one alone, "
+        "which gives no interval.",
     ]
     header = ("scheme", "difference", "95 % interval", "p (flip)", "p (t)", "p (Holm)")
     for baseline, group in itertools.groupby(found["comparisons"], key=lambda row: row["baseline"]):
@@ -214,14 +218,15 @@ def _position(found: dict[str, Any]) -> str:
         cells = [_mean_and_deviation(by_layer.get(layer), 2) for layer in layers]
         rows.append((f"`{name}`", *cells, _mean_and_deviation(row["bias_variance_estimate"], 4)))
     header = ("scheme", *(f"layer {layer}" if layer != "last" else "last norm" for layer in layers))
-    return (
-        f"{title}\n\n"
-        "Correlation between the layer-normed tokens LN_l(x) (their mean over the images) and the layer-normed position "
-        f"embedding LN'_l(pos), from the last weights on {found['position']['images']} held-out images, and the variance of "
-        "the last norm's bias: mean over the seeds ± deviation. A dash: the scheme gives that norm none. In the paper's "
-        "DeiT-Ti the correlation falls from -0.37 in layer 1 to -0.95 in layer 11, and the variance is 0.2387 in PVG and "
-        f"0.0193 in MPVG.\n\n{table((*header, 'bias variance'), rows)}\n\n![correlation by layer](correlation.png)"
+    text = (
+        "Correlation between the layer-normed tokens LN_l(x), their mean over the images, and the layer-normed "
+        "position embedding LN'_l(pos), from the last weights on "
+        f"{found['position']['images']} held-out images; and the variance of the last norm's bias. Mean over the seeds "
+        "± deviation; a dash where the scheme gives the norm none. In the paper's DeiT-Ti the correlation falls from "
+        "-0.37 in layer 1 to -0.95 in layer 11, and the variance is 0.2387 in PVG and 0.0193 in MPVG."
     )
+    picture = "![correlation by layer, and variance of the last norm's bias](correlation.png)"
+    return "\n\n".join([title, text, table((*header, "bias variance"), rows), picture])
 
 
 def _mean_and_deviation(row: Mapping[str, Any] | None, digits: int) -> str:
@@ -231,26 +236,23 @@ def _mean_and_deviation(row: Mapping[str, Any] | None, digits: int) -> str:
 
 
 def _limits(found: dict[str, Any]) -> str:
+    paper = (
+        "The paper's methods are tenths of a point to two points apart on ImageNet-1K and CIFAR-100. Small data and a "
+        "small model can't settle that ranking: what is found here, either way, is about this data and this model."
+        if found["small"]
+        else "The paper's ranking is about its own data, models and recipes; a study of others, or of fewer epochs, "
+        "neither confirms nor refutes it."
+    )
     lines = [
-        "Runs of one seed take the same images in the same order with the same augmentation. Schemes whose parameters are "
-        "drawn alike also begin with the same weights (all that pool; LayerNorms of a PE begin at 1 and 0); a class token "
-        "and its row of the table change what is drawn after them, so that pairs of a pooled scheme with `default` or "
-        "`lape` share the images and not the initial weights.",
-        "The intervals are about the seeds, on these held-out images. Other images would move every accuracy by about the "
-        "binomial standard error, and a difference by less, since all schemes are tested on the same ones.",
-        "Student's t takes the differences for normal, which a handful of whole images is not: an interval that just "
-        "leaves out 0 is a hint.",
+        "Runs of one seed take the same images in the same order with the same augmentation. Schemes that pool also "
+        "begin with the same weights, as an LN' begins at 1 and 0. A class token changes what is drawn after it: pairs "
+        "of a pooled scheme with `default` or `lape` share the images, not the initial weights.",
+        "The intervals are about the seeds, on these held-out images. Other images would move each accuracy by about "
+        "the binomial standard error, and a difference by less, as all schemes are tested on the same ones.",
+        "Student's t takes the differences for normal, which a few whole numbers of images are not: an interval that "
+        "just leaves out 0 is a hint.",
+        paper,
     ]
-    if found["small"]:
-        lines.append(
-            "The paper's methods are apart by tenths of a point to two points on ImageNet-1K and CIFAR-100. Small data and a "
-            "small model can't settle that ranking: what is found here, either way, is about this data and this model."
-        )
-    else:
-        lines.append(
-            "The paper's ranking is about its own data, models and recipes; a study of other ones, or of fewer epochs, "
-            "neither confirms nor refutes it."
-        )
     return "\n".join(["## What this says, and what it does not", "", *(f"- {line}" for line in lines)])
 
 
@@ -259,12 +261,20 @@ def _cost(found: dict[str, Any]) -> str:
     lines = [f"    {found['command']}", ""]
     if cost["runs"]:
         lines.append(
-            f"{cost['cpu_s'] / 60:.0f} min of CPU time and {cost['wall_s'] / 60:.0f} min of wall time, summed over "
-            f"{cost['runs']} runs (what was killed on the way is not counted). "
+            f"- Cost: {duration(cost['cpu_s'])} of CPU time, {duration(cost['wall_s'])} of wall time, summed over "
+            f"{cost['runs']} runs. What was killed on the way is not counted."
         )
     lines += [f"- Machine: {machine}" for machine in cost["machines"]]
     lines += [f"- Versions: {versions}" for versions in cost["versions"]]
     return "\n".join(["## Command and cost", "", *lines])
+
+
+def duration(seconds: float) -> str:
+    """`40 s`, `12 min` or `3 h 20 min`."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
 
 
 # ---- pictures
@@ -278,30 +288,38 @@ def layers_of(found: dict[str, Any]) -> list[Any]:
 
 def _rows(axes: Axes, names: Sequence[str]) -> None:
     """A row for each name, the first on top."""
-    axes.set_yticks(range(len(names)), names)
+    axes.set_yticks(range(len(names)), [name.replace("(", "\n(") for name in names])
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.grid(axis="x", alpha=0.3)
     axes.tick_params(axis="y", length=0)
 
 
-def _points(axes: Axes, y: int, values: Sequence[float | None], mean: Mapping[str, Any] | None, colour: str) -> None:
+def _points(
+    axes: Axes,
+    y: int,
+    values: Sequence[float | None],
+    mean: Mapping[str, Any] | None,
+    colour: str = "C0",
+    label: str = "mean and its 95 % interval",
+) -> None:
     """The seeds' values as rings under the row's middle line, and their mean with its interval on it."""
     there = [value for value in values if value is not None]
     spread = [y + 0.16 + 0.06 * i for i in range(len(there))]
     axes.plot(there, spread, "o", mfc="none", mec="0.45", ms=4, mew=0.9, label="a seed")
     if mean is not None:
         half = 0 if mean["low"] is None else mean["high"] - mean["mean"]
-        label = "mean and its 95 % interval"
         axes.errorbar(mean["mean"], y, xerr=half, fmt="D", color=colour, ms=6, lw=2, capsize=4, label=label)
 
 
-def _legend(axes: Axes, **kwargs) -> None:
-    handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
-    axes.legend(handles.values(), handles.keys(), frameon=False, fontsize=9, **kwargs)
+def _legend(figure: Figure, panels: Sequence[Axes]) -> None:
+    """One legend under the whole figure, each label once."""
+    found = [zip(*reversed(axes.get_legend_handles_labels()), strict=True) for axes in panels]
+    once = dict(itertools.chain(*found))
+    figure.legend(once.values(), once.keys(), loc="outside lower center", frameon=False, fontsize=9, ncols=2)
 
 
 def draw_accuracy(found: dict[str, Any]) -> Figure:
-    """Every seed's accuracy, mean and interval by scheme; the band is the binomial standard error around the mean of all."""
+    """Every seed's accuracy, mean and interval by scheme; a band shows the binomial standard error."""
     names = list(found["schemes"])
     figure = Figure((6.4, 1.5 + 0.5 * len(names)), layout="constrained")
     axes = figure.subplots()
@@ -310,11 +328,11 @@ def draw_accuracy(found: dict[str, Any]) -> Figure:
         label = "± binomial standard error of one accuracy"
         axes.axvspan(middle - error, middle + error, color="C0", alpha=0.12, lw=0, label=label)
     for y, row in enumerate(found["schemes"].values()):
-        _points(axes, y, row["accuracy"], row["accuracy_estimate"], "C0")
+        _points(axes, y, row["accuracy"], row["accuracy_estimate"])
     _rows(axes, names)
     size = f" (one image: {found['image_percent']:.2g})" if found["test_images"] else ""
-    axes.set(xlabel=f"accuracy on the held-out images, %{size}", title=f"{found['recipe']}, {len(found['seeds'])} seeds")
-    _legend(figure.axes[0], loc="lower center", bbox_to_anchor=(0.5, -0.36), ncols=1)
+    axes.set_xlabel(f"accuracy on the held-out images, %{size}")
+    _legend(figure, [axes])
     return figure
 
 
@@ -327,15 +345,17 @@ def draw_differences(found: dict[str, Any]) -> Figure:
     for axes, (baseline, group) in zip(panels, groups, strict=True):
         axes.axvline(0, color="0.3", lw=1)
         for y, row in enumerate(group):
-            _points(axes, y, row["differences"], row, "C1" if beyond(row) else "C0")
+            style = ("C1", "the interval leaves out 0") if beyond(row) else ()
+            _points(axes, y, row["differences"], row, *style)
         _rows(axes, [row["scheme"] for row in group])
-        axes.set_title(f"minus {baseline}", fontsize=11)
-    panels[-1].set_xlabel("difference in accuracy at the same seed, points")
+        axes.set_title(f"accuracy minus that of {baseline}", fontsize=11)
+    panels[-1].set_xlabel("difference at the same seed, points")
+    _legend(figure, panels)
     return figure
 
 
 def draw_correlation(found: dict[str, Any]) -> Figure:
-    """Correlation of LN_l(x) and LN'_l(pos) by layer, and the last norm's bias variance; mean and deviation over seeds."""
+    """Correlation of LN_l(x) and LN'_l(pos) by layer, and the variance of the last norm's bias."""
     layers, names = layers_of(found), list(found["schemes"])
     figure = Figure((6.4, 4.6 + 0.9 + 0.36 * len(names)), layout="constrained")
     top, bottom = figure.subplots(2, 1, height_ratios=(4.6, 0.9 + 0.36 * len(names)))
@@ -350,11 +370,10 @@ def draw_correlation(found: dict[str, Any]) -> Figure:
     top.set_xticks(range(len(layers)), [f"layer {layer}" if layer != "last" else "last norm" for layer in layers])
     top.set(ylabel="correlation of LN(x) and LN'(pos)", title="mean and deviation over the seeds")
     top.grid(alpha=0.3)
-    if shown:
-        top.legend(frameon=False, fontsize=9, ncols=2)
+    _legend(figure, [top])
     for y, name in enumerate(names):
         row = found["schemes"][name]
-        _points(bottom, y, row["bias_variance"], row["bias_variance_estimate"], "C0")
+        _points(bottom, y, row["bias_variance"], row["bias_variance_estimate"])
     _rows(bottom, names)
     bottom.set_xlabel("variance of the last norm's bias")
     return figure
