@@ -1,4 +1,4 @@
-"""The `mpvg` command: train, eval, export, recipes, info, bench, demo.
+"""The `mpvg` command: train, eval, export, study, recipes, info, bench, demo.
 
 Exit codes: 0 ok, 1 failure, 2 usage or bad input, 75 training saved on a signal, 130 interrupted. What a command needs
 is imported by that command alone, so that `mpvg info` works without the extras.
@@ -17,7 +17,7 @@ from .train import InputError, Stopped, TrainingError, near_matches
 from .train.signals import EXIT_SAVED
 
 # The extra that brings a package, for a message in place of an ImportError.
-EXTRAS = dict.fromkeys(("tyro", "sklearn", "matplotlib"), "train")
+EXTRAS = dict.fromkeys(("tyro", "sklearn", "scipy", "matplotlib"), "train")
 EXTRAS |= dict.fromkeys(("onnx", "onnxscript", "onnxruntime"), "export")
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 

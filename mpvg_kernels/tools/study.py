@@ -47,6 +47,8 @@ SCHEMES += ("mpvg(first_layer=0)", "mpvg(hierarchical=False)", "mpvg(add_to_inpu
 """The paper's methods and the rows of its Table 6."""
 PROBED = 64
 """Held-out images on which the correlations are taken, as many as `mpvg analyze` takes."""
+START_METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+"""How a run's process starts: as a child of one that has imported all that a run needs, and has done nothing else."""
 POLL_S = 0.5
 """Seconds between two looks at whether a signal has come."""
 
@@ -216,10 +218,8 @@ class Job:
 
     def __init__(self, run: Run, recipe: str, out: Path, slot: int):
         self.run, self.slot, self.log = run, slot, out / "logs" / f"{run.folder.name}.log"
-        # forkserver: a child of a process that has imported all that a run needs, and has done nothing else.
-        methods = multiprocessing.get_all_start_methods()
-        context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
-        if "forkserver" in methods:
+        context = multiprocessing.get_context(START_METHOD)
+        if START_METHOD == "forkserver":
             context.set_forkserver_preload([__name__, "sklearn.datasets", "sklearn.model_selection"])
         self.pipe, theirs = context.Pipe(duplex=False)
         self.process = context.Process(target=_train, args=(theirs, run, recipe, self.log, slot))

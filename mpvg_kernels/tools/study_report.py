@@ -193,8 +193,8 @@ def _differences(found: dict[str, Any]) -> str:
         "## Paired differences",
         "Scheme minus baseline at the same seed, in points, with the mean's 95 % interval by Student's t. p (flip) is "
         "the exact sign-flip test's, p (t) the paired t-test's, p (Holm) the latter adjusted for all "
-        f"{tested} comparisons. Bold: the interval leaves out 0. A dash: the differences are all the same, or one alone, "
-        "which gives no interval.",
+        f"{tested} comparisons. Bold: the interval leaves out 0. A dash: the differences are all the same, or one "
+        "alone, which gives no interval.",
     ]
     header = ("scheme", "difference", "95 % interval", "p (flip)", "p (t)", "p (Holm)")
     for baseline, group in itertools.groupby(found["comparisons"], key=lambda row: row["baseline"]):
@@ -357,8 +357,9 @@ def draw_differences(found: dict[str, Any]) -> Figure:
 def draw_correlation(found: dict[str, Any]) -> Figure:
     """Correlation of LN_l(x) and LN'_l(pos) by layer, and the variance of the last norm's bias."""
     layers, names = layers_of(found), list(found["schemes"])
-    figure = Figure((6.4, 4.6 + 0.9 + 0.36 * len(names)), layout="constrained")
-    top, bottom = figure.subplots(2, 1, height_ratios=(4.6, 0.9 + 0.36 * len(names)))
+    heights = (4.4, 0.5 + 0.46 * len(names))
+    figure = Figure((6.4, 1.8 + sum(heights)), layout="constrained")
+    top, bottom = figure.subplots(2, 1, height_ratios=heights)
     shown = [name for name in names if found["schemes"][name]["correlation"]]
     for i, name in enumerate(shown):
         rows = found["schemes"][name]["correlation"]
@@ -370,7 +371,8 @@ def draw_correlation(found: dict[str, Any]) -> Figure:
     top.set_xticks(range(len(layers)), [f"layer {layer}" if layer != "last" else "last norm" for layer in layers])
     top.set(ylabel="correlation of LN(x) and LN'(pos)", title="mean and deviation over the seeds")
     top.grid(alpha=0.3)
-    _legend(figure, [top])
+    if shown:
+        top.legend(loc="upper center", bbox_to_anchor=(0.45, -0.1), frameon=False, fontsize=9, ncols=2)
     for y, name in enumerate(names):
         row = found["schemes"][name]
         _points(bottom, y, row["bias_variance"], row["bias_variance_estimate"])
