@@ -164,9 +164,10 @@ def markdown(found: dict[str, Any]) -> str:
             continue
         each = ", ".join(_number(value, 1) for value in row["accuracy"])
         cells = (f"**{mean['mean']:.2f}**", _interval(mean), _number(mean["sd"]), each)
-        rows.append((f"`{name}`", *cells, _number(loss["mean"], 4), f"{row['parameters']:,}"))
+        rows.append((f"`{name}`", *cells, _mean_and_deviation(loss, ".3f"), f"{row['parameters']:,}"))
     header = ("scheme", "accuracy, %", "95 % interval", "deviation", "by seed", "loss", "parameters")
-    parts = [f"# {found['recipe']}: {len(found['schemes'])} position schemes, {seeds} seeds", found["claim"]]
+    title = f"# {found['recipe']}: {len(found['schemes'])} position schemes, {seeds} seed{'s' * (seeds > 1)}"
+    parts = [title, found["claim"]]
     size = ""
     if images:
         size = (
@@ -215,8 +216,8 @@ def _position(found: dict[str, Any]) -> str:
     rows = []
     for name, row in found["schemes"].items():
         by_layer = {each["layer"]: each for each in row["correlation"]}
-        cells = [_mean_and_deviation(by_layer.get(layer), 2) for layer in layers]
-        rows.append((f"`{name}`", *cells, _mean_and_deviation(row["bias_variance_estimate"], 4)))
+        cells = [_mean_and_deviation(by_layer.get(layer), ".2f") for layer in layers]
+        rows.append((f"`{name}`", *cells, _mean_and_deviation(row["bias_variance_estimate"], ".1e")))
     header = ("scheme", *(f"layer {layer}" if layer != "last" else "last norm" for layer in layers))
     text = (
         "Correlation between the layer-normed tokens LN_l(x), their mean over the images, and the layer-normed "
@@ -229,10 +230,10 @@ def _position(found: dict[str, Any]) -> str:
     return "\n\n".join([title, text, table((*header, "bias variance"), rows), picture])
 
 
-def _mean_and_deviation(row: Mapping[str, Any] | None, digits: int) -> str:
+def _mean_and_deviation(row: Mapping[str, Any] | None, form: str) -> str:
     if row is None:
         return "-"
-    return _number(row["mean"], digits) + (f" ± {row['sd']:.{digits}f}" if row["sd"] is not None else "")
+    return f"{row['mean']:{form}}" + (f" ± {row['sd']:{form}}" if row["sd"] is not None else "")
 
 
 def _limits(found: dict[str, Any]) -> str:
