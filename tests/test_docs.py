@@ -44,7 +44,8 @@ def of_pages(what) -> list:
 
 @pytest.fixture(scope="session")
 def warm():
-    with WarmProcess("matplotlib.figure", "sklearn.datasets", "mpvg_kernels.demo") as process:
+    tools = [f"mpvg_kernels.tools.{name}" for name in ("evaluate", "predict", "report", "analyze", "export", "study")]
+    with WarmProcess("sklearn.datasets", "mpvg_kernels.demo", *tools) as process:
         yield process
 
 
