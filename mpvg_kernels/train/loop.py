@@ -735,15 +735,20 @@ def run_of(path: Path) -> RunFolder:
 
 def check_same_run(folder: RunFolder, trainer: Trainer) -> None:
     """Raise InputError where the folder's run is not the one that `trainer` would go on with."""
+    check_same_config(folder, trainer.config)
+    check_classes(folder, trainer.data.class_names)
+
+
+def check_same_config(folder: RunFolder, config: Config) -> None:
+    """Raise InputError where the folder's run is of another config; what MAY_CHANGE names is not compared."""
     saved = folder.config()
     for name in config_fields():
-        before, now = get(saved, name), get(trainer.config, name)
+        before, now = get(saved, name), get(config, name)
         if before != now and not name.startswith(MAY_CHANGE):
             raise InputError(
                 f"{folder.path} holds a run with {name} {before!r}, and the config now says {now!r}: go on with the "
                 "same, or give a new run another folder with --out"
             )
-    check_classes(folder, trainer.data.class_names)
 
 
 def check_classes(folder: RunFolder, names: list[str] | None) -> None:
