@@ -190,7 +190,7 @@ class RunFolder:
         """
         status = {"state": state, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **more}
         try:
-            write_json(self.path / "status.json", status)
+            write_json(self.path / "status.json", finite(status))
         except OSError as error:
             self.warn(f"{self.path / 'status.json'} could not be written ({reason(error)}); training goes on")
             return False
