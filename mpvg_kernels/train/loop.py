@@ -4,7 +4,6 @@ What the command line calls:
 
     mpvg train --recipe digits --out runs/digits --resume auto
     torchrun --nproc-per-node 8 -m mpvg_kernels train --recipe deit_tiny_in1k --data.root /data/imagenet --resume auto
-    mpvg eval runs/digits
 
 A run's state is the weights, what the optimizer remembers, and two integers, the epoch and the update in it. Every
 random number is a function of the seed and of these: the images' order and augmentation (data/), and what an update
