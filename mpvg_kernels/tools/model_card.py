@@ -19,7 +19,7 @@ from .. import __version__, backends
 from ..train import InputError
 from ..train.config import field_names, get, without_effect
 from ..train.metrics import read_log
-from ..train.report import table
+from ..train.table import table
 from .loading import usage
 
 if TYPE_CHECKING:
