@@ -32,7 +32,7 @@ from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-RUNS = {"vit_lite": "vit_lite_7_4_cifar100", "t2t_vit_7": "t2t_vit_7_in1k"}
+RUNS = {"vit_lite": "vit_lite_7_4_cifar100", "t2t_vit_7": "t2t_vit_7_in1k", "leaves": "deit_tiny_in1k"}
 """Recipes of runs that pages name otherwise than by the recipe's own name, or its beginning."""
 STUDY = "--seeds 1 --schemes gap mpvg --jobs 1 --epochs 1 --sched.warmup_epochs 0 --data.max_updates 2"
 DATA = ("/data", "/other", "/scratch")
@@ -374,7 +374,7 @@ class Shell:
         if not kept.exists():
             base, _, scheme = name.partition("-")
             recipe = RUNS.get(base) or next((n for n in recipe_names() if n.startswith(base)), "digits")
-            root = self.outside / "data" / ("cifar" if "cifar" in recipe else "imagenet")
+            root = self.outside / "data" / ("cifar" if "cifar" in recipe else base if base == "leaves" else "imagenet")
             argv = ["train", "--recipe", recipe, "--out", f"made/{name}", "--smoke"]
             argv += [] if recipe == "digits" else ["--data.root", str(root)]
             if scheme in ("default", "gap", "lape", "lape_gap", "pvg", "mpvg"):

@@ -30,7 +30,7 @@ def smoke(config: Config, world: World) -> Config:
     accumulation(config, world)
     rates = learning_rates(config)
     peak = rates["peak"]
-    curve = replace(config.sched, warmup_epochs=0, cooldown_epochs=0, scale_with_batch=False)
+    curve = replace(config.sched, per="update", warmup_epochs=0, cooldown_epochs=0, scale_with_batch=False)
     # What has no effect without a warm-up is put back, so that nothing warns of it.
     curve = replace(curve, warmup_prefix=False, warmup_lr=min(peak, Sched.warmup_lr), min_lr=min(peak, rates["min"]))
     workers = config.data.workers if config.data.name == "digits" else min(config.data.workers, 1)
