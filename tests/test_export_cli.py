@@ -455,7 +455,7 @@ def test_card_of_a_run(tmp_path, monkeypatch):
         "# m\n",
         "trained by the recipe `digits`, best weights",
         "1,797 images of handwritten digits",
-        "| last | 2 | 90.00 % | 0.5000 |\n| **best (exported)** | 1 | 91.25 % | 0.4000 |",
+        "| last | 2 | 90.00 % | 0.5000 |\n| best (exported) | 1 | 91.25 % | 0.4000 |",
         "after epoch 2 of 32",
         "chosen on the held-out images themselves",
         "\n    mpvg train --recipe digits\n",

@@ -14,6 +14,7 @@ Every file is written beside its place and renamed into it, so that a reader nev
 import contextlib
 import errno
 import json
+import math
 import os
 import re
 import shutil
@@ -61,6 +62,15 @@ def sync(path: Path) -> None:
 def _replace(tmp: Path, path: Path) -> None:
     sync(tmp)
     os.replace(tmp, path)
+
+
+def finite(value: Any) -> Any:
+    """The value, nested or not, with None in the place of numbers that are not finite: JSON has no word for them."""
+    if isinstance(value, dict):
+        return {key: finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -139,7 +149,7 @@ class RunFolder:
             if path.is_dir() and not {file.name for file in path.iterdir()} <= ours:
                 raise InputError(taken)
             path.mkdir(parents=True, exist_ok=True)
-            lock_file = _lock(path)
+            lock_file = lock_folder(path)
             if (path / "run.json").exists():  # another process made the run in between, and has ended
                 raise InputError(taken)
             write_json(path / "run.json", info)
@@ -162,7 +172,7 @@ class RunFolder:
         """
         if self._lock_file is None:
             try:
-                self._lock_file = _lock(self.path)
+                self._lock_file = lock_folder(self.path)
             except OSError as error:
                 raise InputError(f"{self.path} can't be written ({error.strerror})") from None
 
@@ -180,7 +190,7 @@ class RunFolder:
         """
         status = {"state": state, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **more}
         try:
-            write_json(self.path / "status.json", status)
+            write_json(self.path / "status.json", finite(status))
         except OSError as error:
             self.warn(f"{self.path / 'status.json'} could not be written ({reason(error)}); training goes on")
             return False
@@ -272,7 +282,9 @@ def open_model(folder: Path) -> nn.Module:
     """
     for name in ("config.json", "model.safetensors"):
         if not (folder / name).exists():
-            raise InputError(f"{folder / name} does not exist; expected a folder in timm's format, which has it")
+            raise InputError(
+                f"{folder / name} does not exist; expected a folder in timm's format, which has both files"
+            )
     try:
         model = timm.create_model(f"local-dir:{folder.absolute()}", pretrained=False)
     except (OSError, KeyError, RuntimeError, TypeError, ValueError) as error:
@@ -311,11 +323,15 @@ def _load(path: Path, model: nn.Module, of: str) -> None:
     model.load_state_dict(found)
 
 
-def _lock(folder: Path):
-    """The open file that holds the lock on a folder; None where there are no locks.
+def lock_folder(folder: Path) -> IO[str] | None:
+    """The open file that holds the lock on a folder until it is closed; None where there are no locks.
 
     A record lock (lockf), not flock: the kernel drops it with this process, while flock's would live on in the data
     workers, which hold copies of the open file for some seconds after the process is gone.
+
+    Raises:
+        InputError: another process holds it.
+        OSError: the folder can't be written.
     """
     if fcntl is None:
         return None
