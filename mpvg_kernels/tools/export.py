@@ -346,7 +346,7 @@ def _write_pt2(program: torch.export.ExportedProgram, path: Path, about: str) ->
 
 def _write_aot(program: torch.export.ExportedProgram, path: Path, about: str) -> Forward:
     options = {"aot_inductor.metadata": {"preprocessing": about}}
-    options["cpp.dynamic_threads"] = True  # else it runs on as many threads as this process has, wherever it is loaded
+    options["cpp.dynamic_threads"] = True  # else what a process of one thread compiles has one wherever it is loaded
     torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=options)
     return torch._inductor.aoti_load_package(str(path))
 

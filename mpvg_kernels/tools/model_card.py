@@ -17,9 +17,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .. import __version__, backends
 from ..train import InputError
-from ..train.config import field_names, get, without_effect
-from ..train.metrics import read_log
-from ..train.table import table
+from ..train.config import Config, field_names, get, without_effect
+from ..train.record import collect, number
+from ..train.report import FAIR
+from ..train.table import Table, figure_of
 from .loading import usage
 
 if TYPE_CHECKING:
@@ -134,15 +135,15 @@ def _what(source: "Source", about: dict[str, Any]) -> str:
     names = about.get("label_names")
     some = f": {', '.join(names[:20])}{', ...' if len(names) > 20 else ''}" if names else ", whose names are not known"
     rows = [
-        ("architecture", f"`{about['architecture']}`" + _sizes(source.model)),
-        *([("position scheme", f"`{about['scheme']}`")] if "scheme" in about else []),
+        ("architecture", about["architecture"] + _sizes(source.model)),
+        *([("position scheme", about["scheme"])] if "scheme" in about else []),
         ("parameters", f"{sum(p.numel() for p in source.model.parameters()):,}"),
         ("arithmetic of an image", f"{_si(flops / 2)} multiply-adds ({_si(flops)} FLOP): products and convolutions"),
         ("input", f"{channels} x {height} x {width} (channels, height, width), fp32"),
         ("preprocessing", f"{crop}; mean {_numbers(about['mean'])}, deviation {_numbers(about['std'])}"),
         ("output", f"logits of {about['num_classes']:,} classes{some}"),
     ]
-    return f"{opening}\n\n{table(('', ''), rows)}"
+    return f"{opening}\n\n{Table(('', ''), rows).markdown()}"
 
 
 def _origin(source: "Source") -> str:
@@ -207,38 +208,31 @@ def _training(source: "Source") -> str:
     return "\n\n".join(parts)
 
 
-def _data(config: Any, info: dict[str, Any]) -> str:
+def _data(config: Config, info: dict[str, Any]) -> str:
     data, names = config.data, info.get("class_names")
     text = DATA.get(data.name, f"`{data.name}`, split `{data.train_split}`; `{data.val_split}` is held out")
     return f"{text}; {len(names):,} classes." if names and data.name not in DATA else f"{text}."
 
 
-def _results(source: "Source", config: Any) -> str:
-    try:
-        epochs = [row for row in read_log(source.run.path, "epoch") if row.get("test_acc") is not None]
-    except (OSError, ValueError, KeyError) as error:
-        return f"Not known: the run's log can't be read ({type(error).__name__})."
-    if not epochs:
-        return "Not known: the run's log has no evaluated epoch."
-    last, best = epochs[-1], max(epochs, key=lambda row: row["test_acc"])
-    kinds = [("last", last, "test"), ("best", best, "test")]
-    kinds += [("ema", last, "ema")] if last.get("ema_acc") is not None else []
+def _results(source: "Source", config: Config) -> str:
+    record = collect(source.run.path)
+    results = record.results()
+    if not results:
+        return "Not known: " + " ".join(record.problems or ["the run's log has no evaluated epoch."])
     rows = [
         (
-            f"**{name} (exported)**" if name == source.weights else name,
-            row["epoch"],
-            f"{row[f'{key}_acc']:.2f} %",
-            f"{row[f'{key}_loss']:.4f}",
+            f"{name} (exported)" if name == source.weights else name,
+            row.get("epoch", "-"),
+            figure_of(number(row, f"{key}_acc"), ".2f", " %"),
+            figure_of(number(row, f"{key}_loss"), ".4f"),
         )
-        for name, row, key in kinds
+        for name, row, key in results
     ]
     split = "held-out images" if config.data.name in DATA else f"held-out images (split `{config.data.val_split}`)"
-    part = "" if last["epoch"] >= config.epochs else f" These are after epoch {last['epoch']} of {config.epochs}."
-    return (
-        f"Top-1 accuracy and loss on the {split}, from the run's log.{part}"
-        f"\n\n{table(('weights', 'epoch', 'accuracy', 'loss'), rows)}\n\nThe best weights are chosen on the held-out "
-        "images themselves, so the fair figure is that of the last ones."
-    )
+    epoch = number(results[0][1], "epoch") or 0
+    part = "" if epoch >= config.epochs else f" These are after epoch {epoch} of {config.epochs}."
+    found = Table(("weights", "epoch", "accuracy", "loss"), rows).markdown()
+    return f"Top-1 accuracy and loss on the {split}, from the run's log.{part}\n\n{found}\n\n{FAIR}"
 
 
 def _command(info: dict[str, Any]) -> str:
