@@ -4,9 +4,11 @@ A code block of a page is indented by four spaces or fenced as bash: commands, e
 examples; or fenced as text: neither. A command is run as it stands, in the order of its page and in one folder, but for
 this:
 
-- `mpvg train` with a recipe gets --smoke, and its run folder gets the name that the page uses;
+- `mpvg train` with a recipe gets --smoke, on 224 pixels --data.img_size 64 64, and its run folder gets the name that
+  the page uses;
 - `mpvg study` and `mpvg bench` get their own options for a small run (`shorter`);
 - torchrun and srun start two processes, in which the variables that they set are set;
+- a line that another page has too is run once, and its run is copied;
 - paths at the root of the file system lead into a folder of small generated data;
 - nothing is downloaded: networks are random, CIFAR and streams are generated, and torch.compile does nothing.
 
@@ -15,6 +17,7 @@ that it names, pytest by its paths, marks and words, git by its subcommand. A co
 """
 
 import functools
+import hashlib
 import importlib.util
 import os
 import re
@@ -34,7 +37,8 @@ ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 RUNS = {"vit_lite": "vit_lite_7_4_cifar100", "t2t_vit_7": "t2t_vit_7_in1k", "leaves": "deit_tiny_in1k"}
 """Recipes of runs that pages name otherwise than by the recipe's own name, or its beginning."""
-STUDY = "--seeds 1 --schemes gap mpvg --jobs 1 --epochs 1 --sched.warmup_epochs 0 --data.max_updates 2"
+STUDY = """--seeds 1 --schemes gap mpvg --jobs 1 --epochs 1 --sched.warmup_epochs 0 --sched.cooldown_epochs 0 --batch 4
+--data.max_updates 2 --data.max_test_images 8 --data.workers 0"""
 DATA = ("/data", "/other", "/scratch")
 SBATCH = set("job-name nodes ntasks-per-node gpus-per-node cpus-per-task time signal requeue open-mode".split())
 # In a job script: what is the shell's own.
@@ -234,7 +238,9 @@ def is_long(args: list[str]) -> bool:
 def shorter(args: list[str]) -> list[str]:
     """What is put behind an `mpvg` command to make it take seconds: options that it documents."""
     if args[0] == "train":
-        return ["--smoke"] * is_long(args)
+        recipe = args[args.index("--recipe") + 1] if "--recipe" in args else "digits"
+        large = recipe not in ("digits", "vit_lite_7_4_cifar100") and "--data.img_size" not in args
+        return ["--smoke", *(["--data.img_size", "64", "64"] * large)] if is_long(args) else []
     if args[0] == "study":
         return STUDY.split()
     if args[0] == "bench":
@@ -255,6 +261,8 @@ class Shell:
     def __init__(self, warm, folder: Path, shared: Path):
         self.warm, self.folder, self.shared = warm, folder, shared
         self.outside = folder.parent / "root"
+        self.done = folder.parent / "done"
+        self.done.mkdir(exist_ok=True)
         generate(self.outside)
 
     def run(self, text: str) -> str:
@@ -264,11 +272,14 @@ class Shell:
             Unknown: a command of no class, or a wrong option of one that is only checked.
             AssertionError: it ended with another code than 0.
         """
-        printed = ""
+        printed, done = "", self.done / hashlib.sha256(repr(words(text)).encode()).hexdigest()
+        if done.exists():
+            return done.read_text()
         for argv in words(text):
             while argv and re.match(r"\w+=", argv[0]):
                 check_variable(argv.pop(0))
             printed += self._run(argv) if argv else ""
+        done.write_text(printed)
         return printed
 
     def _run(self, argv: list[str]) -> str:
@@ -375,11 +386,11 @@ class Shell:
             base, _, scheme = name.partition("-")
             recipe = RUNS.get(base) or next((n for n in recipe_names() if n.startswith(base)), "digits")
             root = self.outside / "data" / ("cifar" if "cifar" in recipe else base if base == "leaves" else "imagenet")
-            argv = ["train", "--recipe", recipe, "--out", f"made/{name}", "--smoke"]
+            argv = ["train", "--recipe", recipe, "--out", f"made/{name}"]
             argv += [] if recipe == "digits" else ["--data.root", str(root)]
             if scheme in ("default", "gap", "lape", "lape_gap", "pvg", "mpvg"):
                 argv += ["--model.scheme", scheme]
-            self.start(argv)
+            self.start([*argv, *shorter(argv)])
             (made,) = (self.folder / "made").glob(f"{name}-smoke-*")
             kept.parent.mkdir(exist_ok=True)
             shutil.move(made, kept)
@@ -436,12 +447,12 @@ def generate(root: Path) -> None:
 
 
 def cifar(root: Path) -> None:
-    """A CIFAR-100 of 100 and 20 images."""
+    """A CIFAR-100 of 200 and 20 images."""
     import pickle
 
     base = root / "cifar-100-python"
     base.mkdir(parents=True)
-    for name, count in (("train", 100), ("test", 20)):
+    for name, count in (("train", 200), ("test", 20)):
         pixels = np.random.default_rng(count).integers(0, 256, (count, 3072), dtype=np.uint8)
         (base / name).write_bytes(pickle.dumps({"data": pixels, "fine_labels": [i % 100 for i in range(count)]}))
     (base / "meta").write_bytes(pickle.dumps({"fine_label_names": [f"class {i}" for i in range(100)]}))
@@ -476,9 +487,13 @@ def stay_offline() -> None:
 
     create_model, create_dataset = timm.create_model, sources.create_dataset
 
-    def random_model(*args, **kwargs):
-        local = str(args[0]).startswith("local-dir:")
-        return create_model(*args, **kwargs | {"pretrained": local and kwargs.get("pretrained", False)})
+    def random_model(name, **kwargs):
+        local = str(name).startswith("local-dir:")
+        name, large = ("regnety_002", name) if str(name).startswith("regnety_160") else (name, None)
+        model = create_model(name, **kwargs | {"pretrained": local and kwargs.get("pretrained", False)})
+        if large:
+            model.pretrained_cfg["architecture"] = large.partition(".")[0]
+        return model
 
     def dataset(name, *args, split="train", **kwargs):
         return Shards(split) if name.startswith("wds/") else create_dataset(name, *args, split=split, **kwargs)
