@@ -11,7 +11,6 @@ before the next seed, so that what is there at any moment is as many whole pairs
 
 import dataclasses
 import json
-import math
 import multiprocessing
 import os
 import re
@@ -293,7 +292,13 @@ def train_runs(runs: Sequence[Run], recipe: str, out: Path, jobs: int) -> dict[s
         while at_work or (waiting and signals.received is None):
             while waiting and len(at_work) < jobs and signals.received is None:
                 slot = min(set(range(jobs)) - {job.slot for job in at_work})
-                at_work.append(Job(waiting.pop(0), recipe, out, slot))
+                try:
+                    at_work.append(Job(waiting[0], recipe, out, slot))
+                    waiting.pop(0)
+                except (EOFError, OSError) as error:
+                    time.sleep(POLL_S)  # a signal to the whole group may have ended the process that forks just before
+                    if signals.received is None:
+                        raise TrainingError(f"no process could be started for {waiting[0]} ({error})") from None
             ended = []
             while not ended:
                 ended = connection.wait([job.pipe for job in at_work], POLL_S)
@@ -309,19 +314,21 @@ def train_runs(runs: Sequence[Run], recipe: str, out: Path, jobs: int) -> dict[s
                 if found["stopped"] or (found["error"] and signals.received is not None):
                     continue
                 ready += 1
+                if not found["error"] and not is_finished(job.run):
+                    found["error"] = f"{job.run.folder / 'log.jsonl'} has lost the accuracy of the last epoch"
                 if found["error"]:
                     failed[str(job.run)] = found["error"]
                     outcome = f"failed: {found['error']}"
                 else:
-                    outcome = f"{last_epoch(job.run).get('test_acc', math.nan):.2f} %, {found['wall_s']:.0f} s"
+                    outcome = f"{last_epoch(job.run)['test_acc']:.2f} %, {found['wall_s']:.0f} s"
                     seconds.append(found["wall_s"])
                 left = len(waiting) + len(at_work)
                 time_left = study_report.duration(sum(seconds) / len(seconds) * left / jobs) if left and seconds else ""
                 show(f"[{ready}/{len(runs)}] {job.run}: {outcome}{time_left and f'; about {time_left} left'}")
-        if waiting or signals.received is not None and not all(map(is_finished, runs)):
+        finished = sum(map(is_finished, runs))
+        if signals.received is not None and finished < len(runs):
             raise Stopped(
-                f"{signals.received}: {sum(map(is_finished, runs))} of {len(runs)} runs are finished; the same command "
-                f"goes on in {out}"
+                f"{signals.received}: {finished} of {len(runs)} runs are finished; the same command goes on in {out}"
             )
     return failed
 
