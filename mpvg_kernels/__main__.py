@@ -1,4 +1,4 @@
-"""The `mpvg` command: train, eval, export, study, recipes, info, bench, demo.
+"""The `mpvg` command: train, eval, predict, analyze, report, export, study, recipes, info, bench, demo.
 
 Exit codes: 0 ok, 1 failure, 2 usage or bad input, 75 training saved on a signal, 130 interrupted. What a command needs
 is imported by that command alone, so that `mpvg info` works without the extras.
@@ -76,23 +76,70 @@ def evaluate(args: argparse.Namespace, fields: list[str]) -> int:
     from .train import config
 
     config.check_options(fields)  # before what takes seconds to import
-    from .train import loop
+    if args.folder is not None and args.split is not None:
+        raise InputError("--split and --folder are both given: give one of them")
+    if args.batch_sizes and not args.latency:
+        raise InputError("--batch-sizes are those of --latency, which is not given: add it")
+    from .tools import evaluate
 
-    result = loop.evaluate_run(args.folder, args.weights, fields)
-    figures = f"accuracy {result['acc']:.2f} %, loss {result['loss']:.4f}, {result['images']} images"
-    print(f"{args.folder} ({args.weights}): {figures}")
+    result = evaluate.evaluate_run(
+        args.run_folder,
+        args.weights,
+        fields,
+        split=args.split or "validation",
+        folder=args.folder,
+        batch=args.batch,
+        out=args.out,
+        batch_sizes=(args.batch_sizes or (1, 8, 64)) if args.latency else (),
+        progress=True,
+    )
+    if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
+        print(evaluate.describe(result))
+        write_result(args.json, result)
+    return 0
+
+
+def predict(args: argparse.Namespace, _: list[str]) -> int:
+    from .tools import predict
+
+    options = {name: getattr(args, name) for name in ("top", "format", "out", "batch", "device")}
+    return predict.predict_files(args.model, args.paths, args.weights, **options)
+
+
+def analyze(args: argparse.Namespace, fields: list[str]) -> int:
+    from .train import config
+
+    config.check_options(fields)  # before what takes seconds to import
+    if args.folder is not None and args.split is not None:
+        raise InputError("--split and --folder are both given: give one of them")
+    if args.images < 1:
+        raise InputError(f"--images {args.images}: expected 1 or more")
+    from .tools import analyze
+
+    split = args.split or "validation"
+    options = {"split": split, "folder": args.folder, "images": args.images, "out": args.out}
+    result = analyze.analyze_run(args.run_folder, args.weights, fields, **options)
+    analyze.warn(result)
+    print(analyze.describe(result))
     write_result(args.json, result)
     return 0
 
 
+def at_least_1(text: str) -> int:
+    """A number from 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1")
+    return int(text)
+
+
 def write_result(path: Path | None, result: dict) -> None:
     """Write what a command found as JSON, where it was asked for."""
-    from .train import checkpoint
+    from .train import checkpoint, run_folder
 
     if path is None:
         return
     try:
-        checkpoint.write_json(path, result)
+        checkpoint.write_json(path, run_folder.finite(result))
     except OSError as error:
         raise InputError(f"{path} can't be written ({error.strerror})") from None
 
@@ -108,6 +155,18 @@ def export(args: argparse.Namespace, _: list[str]) -> int:
         return 1
     print(export.describe(done, args.format, args.batch))
     write_result(args.json, done._asdict() | {"path": str(done.path), "allowed": export.TOLERANCES[args.format]})
+    return 0
+
+
+def report(args: argparse.Namespace, fields: list[str]) -> int:
+    from .train import config
+
+    config.check_options(fields)
+    from .tools import report
+
+    options = {"out": args.out, "images": args.images, "use_model": not args.no_model}
+    for path in report.report(args.folders, args.weights, fields, **options):
+        print(path)
     return 0
 
 
@@ -194,12 +253,48 @@ def parser() -> Parser:
     sub = command(
         "eval",
         evaluate,
-        "evaluate a run's weights on the held-out images",
+        "evaluate a run's weights on any split or folder: accuracy, by class too, confusion, calibration, latency",
+        epilog="Fields of the run's config are options, for example --data.root DIR --device cpu.\n"
+        "Started by torchrun, the processes share the images out.",
+    )
+    sub.add_argument("run_folder", metavar="RUN", type=Path, help="run folder")
+    sub.add_argument("--weights", choices=("best", "last", "ema"), default="last", help="which weights (default: last)")
+    sub.add_argument("--split", metavar="NAME", help="train, validation (default), or a name that the data set has")
+    sub.add_argument("--folder", metavar="DIR", type=Path, help="in its place: a folder of images, a folder a class")
+    sub.add_argument("--batch", metavar="N", type=at_least_1, help="images at a time (default: as in training)")
+    sub.add_argument(
+        "--out", metavar="DIR", type=Path, help="where figures and pictures go (default: RUN/eval/WEIGHTS-SPLIT)"
+    )
+    sub.add_argument("--json", metavar="FILE", type=Path, help="write the result there as well")
+    sub.add_argument("--latency", action="store_true", help="measure latency and throughput by batch size too")
+    sub.add_argument("--batch-sizes", metavar="N", type=at_least_1, nargs="+", help="of --latency (default: 1 8 64)")
+    sub = command("predict", predict, "classify images with a run's model, or one in timm's format")
+    sub.add_argument("model", metavar="MODEL", type=Path, help="run folder, or a folder in timm's format (RUN/best)")
+    sub.add_argument("paths", metavar="PATH", nargs="+", help="image files, and folders, with what is deeper down")
+    sub.add_argument("--weights", choices=("best", "last", "ema"), help="which weights of a run (default: last)")
+    sub.add_argument("--top", metavar="K", type=at_least_1, default=5, help="classes of each image (default: 5)")
+    sub.add_argument("--format", choices=("table", "json", "csv"), default="table", help="default: table")
+    sub.add_argument("--out", metavar="FILE", type=Path, help="write there, not to the standard output")
+    sub.add_argument("--batch", metavar="N", type=at_least_1, default=32, help="images at a time (default: 32)")
+    sub.add_argument("--device", metavar="D", default="auto", help="auto (default), cpu, cuda, cuda:1, ...")
+    sub = command(
+        "analyze",
+        analyze,
+        "draw what the position embedding does in a run's model: the paper's figures, with their numbers",
         epilog="Fields of the run's config are options, for example --data.root DIR --device cpu.",
     )
-    sub.add_argument("folder", metavar="RUN", type=Path, help="run folder")
+    sub.add_argument("run_folder", metavar="RUN", type=Path, help="run folder")
     sub.add_argument("--weights", choices=("best", "last", "ema"), default="last", help="which weights (default: last)")
-    sub.add_argument("--json", metavar="FILE", type=Path, help="write the result there as well")
+    sub.add_argument("--split", metavar="NAME", help="train, validation (default), or a name that the data set has")
+    sub.add_argument("--folder", metavar="DIR", type=Path, help="images in place of a split, a folder for each class")
+    sub.add_argument("--images", metavar="N", type=int, default=64, help="how many, over the whole split (default: 64)")
+    sub.add_argument(
+        "--out",
+        metavar="DIR",
+        type=Path,
+        help="where pictures and analysis.json go (default: RUN/analysis/WEIGHTS-SPLIT)",
+    )
+    sub.add_argument("--json", metavar="FILE", type=Path, help="write the numbers there as well")
     sub = command("export", export, "write a run's model, or one of random weights, for other programs, and check it")
     sub.add_argument("source", metavar="RUN_OR_MODEL", help="run folder, or a registered model's name (random weights)")
     sub.add_argument("--format", choices=("onnx", "pt2", "safetensors"), required=True, help="what to write")
@@ -210,6 +305,19 @@ def parser() -> Parser:
     sub.add_argument("--batch", metavar="N", type=int, help="fix the number of images a call (default: any number)")
     sub.add_argument("--kernels", action="store_true", help="pt2: keep the fused operators (needs this package)")
     sub.add_argument("--json", metavar="FILE", type=Path, help="write path and difference there as well")
+    sub = command(
+        "report",
+        report,
+        "write curves, tables and sample predictions of a run, or of several, as one HTML file and as Markdown",
+        epilog="Fields of the run's config are options behind the runs, for example --data.root DIR --device cpu.",
+    )
+    sub.add_argument("folders", metavar="RUN", type=Path, nargs="+", help="run folder; several are compared")
+    sub.add_argument("--weights", choices=("best", "last", "ema"), default="last", help="which weights (default: last)")
+    sub.add_argument(
+        "--out", metavar="FILE.html", type=Path, help="default: RUN/report.html; of several runs comparison.html beside"
+    )
+    sub.add_argument("--images", metavar="N", type=int, default=24, help="sample images to show (default: 24)")
+    sub.add_argument("--no-model", action="store_true", help="read the logs alone: no predictions, nothing evaluated")
     sub = command(
         "study",
         study,
@@ -256,7 +364,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line `argv` (default: the process's own); returns the exit code."""
     try:
         args, rest = parser().parse_known_args(argv)
-        if rest and args.run not in (train, evaluate, study):
+        if rest and args.run not in (train, evaluate, analyze, report, study):
             raise InputError(f"mpvg {args.command} does not take {' '.join(rest)!r}; see `mpvg {args.command} --help`")
         with log_shown():
             return args.run(args, rest)

@@ -55,7 +55,8 @@ def correlation(tokens: Tensor, pos: Tensor) -> Tensor:
 
 
 def channel_correlation(tokens: Tensor, pos: Tensor) -> Tensor:
-    """Pearson's correlation of each channel, over the N positions, of the tokens' mean over the images and the PE (ours).
+    """Pearson's correlation of each channel, over the N positions, of the tokens' mean over the images and the PE
+    (ours).
 
     What is the same at all positions, as the biases of both LayerNorms, does not count here; see `channel_means`.
 
@@ -70,7 +71,7 @@ def channel_correlation(tokens: Tensor, pos: Tensor) -> Tensor:
 
 
 def channel_means(tokens: Tensor, pos: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean of each channel over images and positions, of the tokens and of the PE: the vertical stripes of Fig. 2 and 8.
+    """Mean of each channel over images and positions, of the tokens and of the PE: the stripes of Fig. 2 and 8.
 
     Args:
         tokens: (B, N, D) or their mean (N, D).
@@ -116,7 +117,7 @@ def token_norms(x: Tensor) -> Tensor:
 
 
 def bias_variance(bias: Tensor) -> Tensor:
-    """Variance of a LayerNorm's bias over its D channels (divided by D, not by D - 1: ours): Fig. 6, the last LayerNorm.
+    """Variance of a LayerNorm's bias over its D channels (divided by D, not by D - 1: ours): Fig. 6, the last norm's.
 
     A large one says that the bias does the work that the PE is not given to do. The paper: 0.2387 in PVG, 0.0193 in
     MPVG.
