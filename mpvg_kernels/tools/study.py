@@ -126,7 +126,8 @@ def is_finished(run: Run) -> bool:
 def last_epoch(run: Run) -> dict[str, Any]:
     """The line of log.jsonl on the run's last epoch, empty where it is not there."""
     rows = read_log(run.folder, "epoch")
-    return next((row for row in rows if row["epoch"] == run.config.total_epochs and "test_acc" in row), {})
+    last = (row for row in rows if row.get("epoch") == run.config.total_epochs and row.get("test_acc") is not None)
+    return next(last, {})
 
 
 def study(
@@ -385,10 +386,10 @@ def _held_out(config: Config) -> tuple[int | None, torch.Tensor | None, str]:
     except InputError as error:
         return None, None, str(error)
     try:
-        batch = next(images.batches(PROBED, range(min(PROBED, images.size))), None)
+        batch = next(images.batches(PROBED, range(min(PROBED, images.size or PROBED))), None)
     finally:
         images.close()
-    return images.size, None if batch is None else batch.x, "no held-out image could be read"
+    return images.size or None, None if batch is None else batch.x, "no held-out image could be read"
 
 
 def _look_at_norms(folder: RunFolder, x: torch.Tensor) -> tuple[float | None, dict[str, list] | None]:
