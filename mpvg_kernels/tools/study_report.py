@@ -19,6 +19,8 @@ from .statistics import binomial_error, estimate, holm, sign_flip_test, t_test
 BASELINES = ("default", "gap")
 """What every scheme is compared with: the paper says that MPVG is above both. Its variants are compared with mpvg."""
 LEVEL = 0.95
+WIDTH, DPI = 5.4, 140
+"""Of the pictures, in inches: on a phone their text is as large as a page's small print."""
 
 
 def pairs(schemes: Sequence[str]) -> list[tuple[str, str]]:
@@ -198,7 +200,8 @@ def _differences(found: dict[str, Any]) -> str:
         rows = []
         for row in group:
             p_values = (figure_of(row[key], ".3f") for key in ("sign_flip_p", "t_p", "holm_p"))
-            cells = (f"{row['mean']:+.2f}", _interval(row), "yes" if beyond(row) else "no", *p_values)
+            without_0 = "-" if row["low"] is None else "yes" if beyond(row) else "no"
+            cells = (f"{row['mean']:+.2f}", _interval(row), without_0, *p_values)
             rows.append((row["scheme"], *cells))
         text.append(f"Against `{baseline}`:\n\n{Table(header, rows).markdown()}")
     return "\n\n".join([*text, "![paired differences: every seed, mean and interval](differences.png)"])
@@ -312,13 +315,13 @@ def _legend(figure: Figure, panels: Sequence[Axes]) -> None:
     """One legend under the whole figure, each label once."""
     found = [zip(*reversed(axes.get_legend_handles_labels()), strict=True) for axes in panels]
     once = dict(itertools.chain(*found))
-    figure.legend(once.values(), once.keys(), loc="outside lower center", frameon=False, fontsize=9, ncols=2)
+    figure.legend(once.values(), once.keys(), loc="outside lower center", frameon=False, fontsize=9)
 
 
 def draw_accuracy(found: dict[str, Any]) -> Figure:
     """Every seed's accuracy, mean and interval by scheme; a band shows the binomial standard error."""
     names = list(found["schemes"])
-    figure = Figure((6.4, 1.5 + 0.5 * len(names)), layout="constrained")
+    figure = Figure((WIDTH, 1.5 + 0.5 * len(names)), layout="constrained")
     axes = figure.subplots()
     if found["binomial_error"]:
         middle, error = found["accuracy_of_all"], found["binomial_error"]
@@ -337,7 +340,7 @@ def draw_differences(found: dict[str, Any]) -> Figure:
     """The paired differences, a panel for each baseline; orange where the interval leaves out 0."""
     groups = [(k, list(g)) for k, g in itertools.groupby(found["comparisons"], key=lambda row: row["baseline"])]
     heights = [len(group) + 1.5 for _, group in groups]
-    figure = Figure((6.4, 0.8 + 0.48 * sum(heights)), layout="constrained")
+    figure = Figure((WIDTH, 0.8 + 0.48 * sum(heights)), layout="constrained")
     panels = figure.subplots(len(groups), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
     for axes, (baseline, group) in zip(panels, groups, strict=True):
         axes.axvline(0, color="0.3", lw=1)
@@ -355,7 +358,7 @@ def draw_correlation(found: dict[str, Any]) -> Figure:
     """Correlation of LN_l(x) and LN'_l(pos) by layer, and the variance of the last norm's bias."""
     layers, names = layers_of(found), list(found["schemes"])
     heights = (4.4, 0.5 + 0.46 * len(names))
-    figure = Figure((6.4, 1.8 + sum(heights)), layout="constrained")
+    figure = Figure((WIDTH, 1.8 + sum(heights)), layout="constrained")
     top, bottom = figure.subplots(2, 1, height_ratios=heights)
     shown = [name for name in names if found["schemes"][name]["correlation"]]
     for i, name in enumerate(shown):
@@ -384,8 +387,8 @@ def write(found: dict[str, Any], out: Path) -> None:
     Raises:
         OSError: they can't be written.
     """
-    save(draw_accuracy(found), out / "accuracy.png", dpi=120)
-    save(draw_differences(found), out / "differences.png", dpi=120)
+    save(draw_accuracy(found), out / "accuracy.png", dpi=DPI)
+    save(draw_differences(found), out / "differences.png", dpi=DPI)
     if found["position"]["images"] is not None:
-        save(draw_correlation(found), out / "correlation.png", dpi=120)
+        save(draw_correlation(found), out / "correlation.png", dpi=DPI)
     (out / "study.md").write_text(markdown(found))
