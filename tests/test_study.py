@@ -152,6 +152,10 @@ def test_schemes_of_another_name_are_trained_once(capsys):
         (dict(fields=["--model.scheme", "gap"]), "choose by --schemes"),
         (dict(fields=["--lr", "1"]), "did you mean 'optim.lr'"),
         (dict(fields=["--model.name", "vit_tiny_patch16_224"]), "vit_tiny_patch16_224 can't be made with the scheme"),
+        (
+            dict(fields=["--model.name", "mpvg_diet"]),
+            "config field model.name is 'mpvg_diet', which timm does not know",
+        ),
         (dict(seeds=0), "--seeds is 0, expected 1 or more"),
         (dict(recipe="digit"), "did you mean 'digits'"),
     ],

@@ -36,7 +36,7 @@ from ..train import InputError, Stopped, TrainingError, distributed, loop, recip
 from ..train.config import Config, check_options, from_args, ignored
 from ..train.data.evaluation import open_images
 from ..train.metrics import read_log
-from ..train.model import ARGUMENTS
+from ..train.model import ARGUMENTS, check_name
 from ..train.run_folder import RunFolder, lock_folder, print_warning, show, write_json
 from ..train.signals import PASSED_ON, Signals
 from . import study_report
@@ -101,6 +101,7 @@ def distinct(schemes: Sequence[str], config: Config) -> list[str]:
     Raises:
         InputError: one that there is not, or that the model can't have.
     """
+    check_name("model.name", config.model.name)
     names: list[str] = []
     fields = {name: value for name in ARGUMENTS if (value := getattr(config.model, name)) is not None}
     for scheme in schemes:
