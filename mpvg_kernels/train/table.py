@@ -2,14 +2,7 @@
 
 import html
 import re
-from collections.abc import Sequence
 from typing import Any, NamedTuple
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """A table in GitHub's Markdown, of cells that are Markdown themselves."""
-    lines = [" | ".join(map(str, row)) for row in (header, ["---"] * len(header), *rows)]
-    return "\n".join(f"| {line} |" for line in lines)
 
 
 class Table(NamedTuple):
@@ -20,7 +13,9 @@ class Table(NamedTuple):
 
     def markdown(self) -> str:
         """The table in GitHub's Markdown; what would be markup in a cell is escaped."""
-        return table([*map(escape, self.header)], [[*map(escape, row)] for row in self.rows])
+        lines = [" | ".join(map(escape, row)) for row in (self.header, *self.rows)]
+        lines.insert(1, " | ".join(["---"] * len(self.header)))
+        return "\n".join(f"| {line} |" for line in lines)
 
 
 def escape(value: Any) -> str:
