@@ -1,4 +1,4 @@
-"""The `mpvg` command: train, eval, predict, analyze, export, recipes, info, bench, demo.
+"""The `mpvg` command: train, eval, predict, analyze, report, export, study, recipes, info, bench, demo.
 
 Exit codes: 0 ok, 1 failure, 2 usage or bad input, 75 training saved on a signal, 130 interrupted. What a command needs
 is imported by that command alone, so that `mpvg info` works without the extras.
@@ -17,7 +17,7 @@ from .train import InputError, Stopped, TrainingError, near_matches
 from .train.signals import EXIT_SAVED
 
 # The extra that brings a package, for a message in place of an ImportError.
-EXTRAS = dict.fromkeys(("tyro", "sklearn", "matplotlib"), "train")
+EXTRAS = dict.fromkeys(("tyro", "sklearn", "scipy", "matplotlib"), "train")
 EXTRAS |= dict.fromkeys(("onnx", "onnxscript", "onnxruntime"), "export")
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
@@ -147,14 +147,28 @@ def write_result(path: Path | None, result: dict) -> None:
 def export(args: argparse.Namespace, _: list[str]) -> int:
     from .tools import export
 
-    options = {name: getattr(args, name) for name in ("weights", "scheme", "img_size", "batch", "kernels")}
+    names = ("weights", "scheme", "img_size", "batch", "kernels", "opset", "device", "card", "fresh_check")
+    options = {name: getattr(args, name) for name in names}
     try:
         done = export.export(args.source, args.format, args.out, **options)
-    except export.ParityError as error:
+    except export.CheckError as error:
         print(f"mpvg: {error}", file=sys.stderr)
         return 1
     print(export.describe(done, args.format, args.batch))
-    write_result(args.json, done._asdict() | {"path": str(done.path), "allowed": export.TOLERANCES[args.format]})
+    paths = {"path": str(done.path), "card": str(done.card) if done.card else None}
+    write_result(args.json, done._asdict() | paths | {"allowed": export.TOLERANCES[args.format]})
+    return 0
+
+
+def report(args: argparse.Namespace, fields: list[str]) -> int:
+    from .train import config
+
+    config.check_options(fields)
+    from .tools import report
+
+    options = {"out": args.out, "images": args.images, "use_model": not args.no_model}
+    for path in report.report(args.folders, args.weights, fields, **options):
+        print(path)
     return 0
 
 
@@ -164,6 +178,18 @@ def image_size(text: str) -> tuple[int, int]:
     if not (all(side.isdecimal() for side in sides) and len(sides) in (1, 2)):
         raise argparse.ArgumentTypeError(f"{text!r} is not a size; expected pixels, 224, or height x width, 224x160")
     return int(sides[0]), int(sides[-1])
+
+
+def study(args: argparse.Namespace, fields: list[str]) -> int:
+    from .train import config
+
+    config.check_options(fields)  # before what takes seconds to import
+    from .tools import study
+
+    options = {name: getattr(args, name) for name in ("seeds", "out", "jobs")}
+    schemes = {"schemes": args.schemes} if args.schemes else {}
+    result = study.study(args.recipe, fields=fields, **options, **schemes)
+    return 1 if result["failed"] else 0
 
 
 def recipes(args: argparse.Namespace, _: list[str]) -> int:
@@ -272,15 +298,52 @@ def parser() -> Parser:
     )
     sub.add_argument("--json", metavar="FILE", type=Path, help="write the numbers there as well")
     sub = command("export", export, "write a run's model, or one of random weights, for other programs, and check it")
-    sub.add_argument("source", metavar="RUN_OR_MODEL", help="run folder, or a registered model's name (random weights)")
-    sub.add_argument("--format", choices=("onnx", "pt2", "safetensors"), required=True, help="what to write")
+    sub.add_argument(
+        "source",
+        metavar="SOURCE",
+        help="run folder, folder in timm's format (RUN/best), or model name (random weights)",
+    )
+    sub.add_argument("--format", choices=("onnx", "pt2", "aot", "safetensors"), required=True, help="what to write")
     sub.add_argument("--out", metavar="PATH", type=Path, help="file (safetensors: folder) to make (default: NAME here)")
     sub.add_argument("--weights", choices=("best", "last", "ema"), help="which weights of a run (default: last)")
     sub.add_argument("--scheme", metavar="SCHEME", help="position scheme of a model's name, for example mpvg(last=8)")
     sub.add_argument("--img-size", metavar="SIZE", type=image_size, help="image size, 224 or 224x160 (default: own)")
     sub.add_argument("--batch", metavar="N", type=int, help="fix the number of images a call (default: any number)")
-    sub.add_argument("--kernels", action="store_true", help="pt2: keep the fused operators (needs this package)")
-    sub.add_argument("--json", metavar="FILE", type=Path, help="write path and difference there as well")
+    sub.add_argument("--kernels", action="store_true", help="pt2, aot: keep the fused operators (needs this package)")
+    sub.add_argument("--opset", metavar="N", type=int, help="onnx: operator set (default: PyTorch's)")
+    sub.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="aot: what it is compiled for")
+    sub.add_argument("--no-card", dest="card", action="store_false", help="write no model card beside the model")
+    sub.add_argument(
+        "--no-fresh-check", dest="fresh_check", action="store_false", help="do not load it in a fresh process as well"
+    )
+    sub.add_argument("--json", metavar="FILE", type=Path, help="write path, card and difference there as well")
+    sub = command(
+        "report",
+        report,
+        "write curves, tables and sample predictions of a run, or of several, as one HTML file and as Markdown",
+        epilog="Fields of the run's config are options behind the runs, for example --data.root DIR --device cpu.",
+    )
+    sub.add_argument("folders", metavar="RUN", type=Path, nargs="+", help="run folder; several are compared")
+    sub.add_argument("--weights", choices=("best", "last", "ema"), default="last", help="which weights (default: last)")
+    sub.add_argument(
+        "--out", metavar="FILE.html", type=Path, help="default: RUN/report.html; of several runs comparison.html beside"
+    )
+    sub.add_argument("--images", metavar="N", type=int, default=24, help="sample images to show (default: 24)")
+    sub.add_argument("--no-model", action="store_true", help="read the logs alone: no predictions, nothing evaluated")
+    sub = command(
+        "study",
+        study,
+        "train every position scheme with several seeds, and say what the differences are worth",
+        epilog="Any field of the config is an option, for example --epochs 8, and applies to all runs.\n"
+        "Stopped or killed, the same command goes on.",
+    )
+    sub.add_argument("recipe", metavar="RECIPE", help="what to train; `mpvg recipes` lists them")
+    sub.add_argument("--seeds", metavar="N", type=int, default=5, help="runs of each scheme (default: 5)")
+    sub.add_argument("--schemes", metavar="S", nargs="+", help="position schemes (default: the paper's, and Table 6's)")
+    sub.add_argument("--out", metavar="DIR", type=Path, help="the study's folder (default: runs/study-RECIPE)")
+    sub.add_argument(
+        "--jobs", metavar="N", type=int, help="runs at once (default: what the CPU cores allow; one on a GPU)"
+    )
     command("recipes", recipes, "list the recipes")
     command("info", info, "print which backends there are, which are not and why")
     sub = command("bench", bench, "run a benchmark of the repository; what follows its name goes to it")
@@ -313,7 +376,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line `argv` (default: the process's own); returns the exit code."""
     try:
         args, rest = parser().parse_known_args(argv)
-        if rest and args.run not in (train, evaluate, analyze):
+        if rest and args.run not in (train, evaluate, analyze, report, study):
             raise InputError(f"mpvg {args.command} does not take {' '.join(rest)!r}; see `mpvg {args.command} --help`")
         with log_shown():
             return args.run(args, rest)

@@ -122,6 +122,31 @@ def test_batch_norms_are_those_of_the_first_process(warm, tmp_path):
         assert json.loads(file.read_text())["loss"] == pytest.approx(logged[f"{kind}_loss"], rel=1e-5)
 
 
+def test_processes_share_what_is_evaluated(warm, alone, tmp_path):
+    """Five images, one of which can't be read: the processes find what one finds, and the first one says it."""
+    from PIL import Image
+
+    for i in range(5):
+        (folder := tmp_path / "images" / str(i % 3)).mkdir(parents=True, exist_ok=True)
+        Image.new("L", (8, 8), i * 60).save(folder / f"{i}.png")
+    (tmp_path / "images" / "1" / "4.png").write_text("not an image")
+    found = {}
+    for processes in (1, 2):
+        out = tmp_path / f"{processes}.txt"
+        args = ["eval", alone, "--folder", tmp_path / "images", "--out", tmp_path / str(processes), "--device", "cpu"]
+        assert warm.run([*args, "--batch", "2"], out, processes=processes) == 0, out.read_text()
+        assert out.read_text().count("4 images") == out.read_text().count("written") == 1
+        found[processes] = json.loads((tmp_path / str(processes) / "result.json").read_text())
+    assert found[2]["images"] == 4 and [each["reason"] for each in found[2]["bad"]] == ["not an image"]
+    for key in ("loss", "ece", "confidence"):
+        assert found[2].pop(key) == pytest.approx(found[1].pop(key), rel=1e-5)
+    del found[1]["calibration"], found[2]["calibration"]
+    assert found[1] == found[2]
+    args = ["eval", alone, "--folder", tmp_path / "images" / "1", "--device", "cpu"]
+    assert warm.run(args, tmp_path / "bad.txt", processes=2) == 2
+    assert (tmp_path / "bad.txt").read_text().count("has images outside of class folders") == 1
+
+
 def test_an_error_is_said_once(warm, alone, tmp_path):
     text = run(warm, alone, "--resume", "never", processes=2, code=2).splitlines()
     (said,) = [line for line in text if line.startswith("mpvg: ") and "exists" in line]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .. import backends
 from ..train.model import autocast
 
+SECONDS = 2.0
 LEAST, MOST = 20, 10_000
 """Calls that are timed of each batch size, whatever the time."""
 
@@ -24,7 +25,7 @@ def measure(
     *,
     amp: str = "none",
     channels_last: bool = False,
-    seconds: float = 2.0,
+    seconds: float | None = None,
 ) -> dict[str, Any]:
     """Time a model's forward pass on images that lie on the device: no decoding, no copy to it.
 
@@ -38,14 +39,14 @@ def measure(
         input_size: (channels, height, width).
         batch_sizes: images of a call, from 1.
         amp: none, bf16 or fp16.
-        seconds: how long the latencies of a batch size are taken, of LEAST calls at least.
+        seconds: how long the latencies of a batch size are taken, of LEAST calls at least; None is SECONDS.
 
     Returns:
         device, backend, amp, threads, input_size, and rows: a dict for each batch size, {"batch", "calls", "p50_ms",
         "p90_ms", "p99_ms", "mean_ms", "img_s"}. A percentile is a latency that was measured: the smallest that is not
         exceeded by so many per cent of the calls. One that does not fit into the GPU's memory has {"batch", "error"}.
     """
-    rows = []
+    rows, seconds = [], SECONDS if seconds is None else seconds
     for batch in batch_sizes:
         x = torch.randn(batch, *input_size, generator=torch.Generator().manual_seed(0)).to(device)
         if channels_last:

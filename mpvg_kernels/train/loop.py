@@ -4,7 +4,6 @@ What the command line calls:
 
     mpvg train --recipe digits --out runs/digits --resume auto
     torchrun --nproc-per-node 8 -m mpvg_kernels train --recipe deit_tiny_in1k --data.root /data/imagenet --resume auto
-    mpvg eval runs/digits
 
 A run's state is the weights, what the optimizer remembers, and two integers, the epoch and the update in it. Every
 random number is a function of the seed and of these: the images' order and augmentation (data/), and what an update
@@ -626,12 +625,12 @@ def train(config: Config, out: Path | None, recipe: str, resume: str = "never") 
             return None
         # Not there if the log was removed, or the disk was full to the end.
         last = next((row for row in read_log(folder.path, "epoch") if row["step"] == trainer.updates), {})
-        figures = {name: last[name] for name in ("test_acc", "ema_acc") if name in last}
+        figures = {name: last[name] for name in ("test_acc", "ema_acc") if last.get(name) is not None}
         folder.set_status("finished", epoch=config.total_epochs, step=trainer.updates, **figures)
         if not figures:
             show(f"finished; {folder.path / 'log.jsonl'} has lost the accuracy, which `mpvg eval {folder.path}` finds")
             return folder
-        ema = f", EMA {last['ema_acc']:.2f} %" if "ema_acc" in last else ""
+        ema = f", EMA {figures['ema_acc']:.2f} %" if "ema_acc" in figures else ""
         show(
             f"test accuracy {last['test_acc']:.2f} %{ema} after {config.total_epochs} epochs, "
             f"{time.perf_counter() - start:.0f} s; report in {folder.path / 'report.md'}"
@@ -640,7 +639,7 @@ def train(config: Config, out: Path | None, recipe: str, resume: str = "never") 
 
 
 def _report(folder: RunFolder) -> None:
-    if not any("test_acc" in row for row in read_log(folder.path, "epoch")):
+    if not any(row.get("test_acc") is not None for row in read_log(folder.path, "epoch")):
         print_warning(f"{folder.path / 'log.jsonl'} has no evaluated epoch, so there is no report.md")
         return
     try:
@@ -744,7 +743,7 @@ def _copy_past(source: RunFolder, folder: RunFolder, restored: Restored) -> None
         for name in LOGS:
             if (source.path / name).exists():
                 shutil.copyfile(source.path / name, folder.path / name)
-        epochs = read_log(source.path, "epoch") if (source.path / "log.jsonl").exists() else []
+        epochs = read_log(source.path, "epoch")
         best = max((row.get("test_acc", -1.0) for row in epochs), default=-1.0)
         of_then = dict.fromkeys(WEIGHTS, all(row["step"] <= restored.step for row in epochs))
         of_then["best"] = best == restored.state["best"]
@@ -767,15 +766,20 @@ def run_of(path: Path) -> RunFolder:
 
 def check_same_run(folder: RunFolder, trainer: Trainer) -> None:
     """Raise InputError where the folder's run is not the one that `trainer` would go on with."""
+    check_same_config(folder, trainer.config)
+    check_classes(folder, trainer.data.class_names)
+
+
+def check_same_config(folder: RunFolder, config: Config) -> None:
+    """Raise InputError where the folder's run is of another config; what MAY_CHANGE names is not compared."""
     saved = folder.config()
     for name in config_fields():
-        before, now = get(saved, name), get(trainer.config, name)
+        before, now = get(saved, name), get(config, name)
         if before != now and not name.startswith(MAY_CHANGE):
             raise InputError(
                 f"{folder.path} holds a run with {name} {before!r}, and the config now says {now!r}: go on with the "
                 "same, or give a new run another folder with --out"
             )
-    check_classes(folder, trainer.data.class_names)
 
 
 def check_classes(folder: RunFolder, names: list[str] | None) -> None:

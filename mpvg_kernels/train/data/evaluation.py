@@ -4,6 +4,7 @@
 for any batch and number of processes; for a stream, with the same data.workers.
 """
 
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +18,7 @@ from .. import InputError
 from ..config import Config
 from ..distributed import World
 from .digits import Digits, load_splits
-from .images import KeyedImages, KeyLists, Loader, Sample, Source, convert, create_transforms
+from .images import KeyedImages, KeyLists, Loader, Sample, Source, convert, held_out_transform
 from .sources import STREAMS, Split, open_folder, open_split, prefix, preprocessing
 
 SPLITS = {"train": "train_split", "validation": "val_split"}
@@ -87,9 +88,15 @@ class EvalImages:
         """Stop the processes that load images."""
 
 
-def _share(size: int, indices: Sequence[int] | None, world: World) -> Tensor:
+def share(size: int, indices: Sequence[int] | None, world: World) -> Tensor:
+    """This process's part of `size` images, or of those in `indices`: int64, may be empty."""
     order = torch.arange(size) if indices is None else torch.as_tensor(indices, dtype=torch.long)
     return order[world.rank :: world.size]
+
+
+def cpus() -> int:
+    """CPUs that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class DigitImages(EvalImages):
@@ -112,7 +119,8 @@ class DigitImages(EvalImages):
         *,
         world: World = World(),  # noqa: B008
     ) -> Iterator[ImageBatch]:
-        for index in _share(self.size, indices, world).split(batch):
+        order = share(self.size, indices, world)
+        for index in order.split(batch) if len(order) else ():  # nothing splits into one empty part
             at = index.to(self.x.device)
             yield ImageBatch(self.x[at], self.y[at], index)
 
@@ -133,13 +141,16 @@ class _LoadedImages(EvalImages):
         self.preprocessing, self.device = prepared, device
         self.num_classes, self.class_names = split.num_classes, split.class_names
         self.mode = "L" if prepared["input_size"][0] == 1 else "RGB"
-        self.transform = create_transforms(config, prepared)[1]
+        self.transform = held_out_transform(prepared, pixels=True)
+        self.mean, self.std = (torch.tensor(prepared[key], device=device).view(-1, 1, 1) for key in ("mean", "std"))
         self.format = torch.channels_last if config.model.channels_last else torch.contiguous_format
         self.most_workers = config.data.workers
         self.loader: Loader | None = None
 
     def _on_device(self, x: Tensor, y: Tensor, index: Tensor) -> ImageBatch:
-        x = x.to(self.device, non_blocking=True, memory_format=self.format)
+        # Normalised a batch at a time, in training's order of operations: four times fewer bytes come from the workers.
+        x = x.to(self.device, non_blocking=True).to(torch.float32, memory_format=self.format)
+        x = x.div_(255).sub_(self.mean).div_(self.std)
         return ImageBatch(x, y.to(self.device, non_blocking=True), index)
 
     def close(self) -> None:
@@ -155,7 +166,8 @@ class IndexedImages(_LoadedImages):
         super().__init__(config, split, prepared, device)
         self.source = Source(split.images, self.mode)
         self.size = len(self.source)
-        self.images = KeyedImages(None, self.source, None, self.transform, prepared["input_size"], 0)
+        blank = torch.zeros(prepared["input_size"], dtype=torch.uint8)
+        self.images = KeyedImages(None, self.source, None, self.transform, blank, 0)
         self.keys, self.workers = KeyLists(), -1
 
     def batches(
@@ -165,8 +177,10 @@ class IndexedImages(_LoadedImages):
         *,
         world: World = World(),  # noqa: B008
     ) -> Iterator[ImageBatch]:
-        order = _share(self.size, indices, world)
-        workers = min(self.most_workers, len(order) // IMAGES_PER_WORKER)
+        order = share(self.size, indices, world)
+        if not len(order):
+            return
+        workers = min(self.most_workers, len(order) // IMAGES_PER_WORKER, cpus())
         if workers != self.workers:
             self.close()
             self.loader = Loader(self.images, workers, self.device.type == "cuda", batch_sampler=self.keys)
@@ -238,7 +252,7 @@ class StreamedImages(_LoadedImages):
         world: World = World(),  # noqa: B008
     ) -> Iterator[ImageBatch]:
         self.close()
-        mine = None if indices is None else _share(0, indices, world).tolist()
+        mine = None if indices is None else share(0, indices, world).tolist()
         self.stream.begin(None if mine is None else set(mine), world)
         self.loader = Loader(self.stream, self.workers, self.device.type == "cuda", batch_size=batch)
         found: dict[int, tuple[Tensor, Tensor]] = {}
