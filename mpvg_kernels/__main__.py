@@ -1,4 +1,4 @@
-"""The `mpvg` command: train, eval, predict, export, recipes, info, bench, demo.
+"""The `mpvg` command: train, eval, predict, analyze, report, export, study, recipes, info, bench, demo.
 
 Exit codes: 0 ok, 1 failure, 2 usage or bad input, 75 training saved on a signal, 130 interrupted. What a command needs
 is imported by that command alone, so that `mpvg info` works without the extras.
@@ -17,7 +17,7 @@ from .train import InputError, Stopped, TrainingError, near_matches
 from .train.signals import EXIT_SAVED
 
 # The extra that brings a package, for a message in place of an ImportError.
-EXTRAS = dict.fromkeys(("tyro", "sklearn", "matplotlib"), "train")
+EXTRAS = dict.fromkeys(("tyro", "sklearn", "scipy", "matplotlib"), "train")
 EXTRAS |= dict.fromkeys(("onnx", "onnxscript", "onnxruntime"), "export")
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
@@ -106,6 +106,25 @@ def predict(args: argparse.Namespace, _: list[str]) -> int:
     return predict.predict_files(args.model, args.paths, args.weights, **options)
 
 
+def analyze(args: argparse.Namespace, fields: list[str]) -> int:
+    from .train import config
+
+    config.check_options(fields)  # before what takes seconds to import
+    if args.folder is not None and args.split is not None:
+        raise InputError("--split and --folder are both given: give one of them")
+    if args.images < 1:
+        raise InputError(f"--images {args.images}: expected 1 or more")
+    from .tools import analyze
+
+    split = args.split or "validation"
+    options = {"split": split, "folder": args.folder, "images": args.images, "out": args.out}
+    result = analyze.analyze_run(args.run_folder, args.weights, fields, **options)
+    analyze.warn(result)
+    print(analyze.describe(result))
+    write_result(args.json, result)
+    return 0
+
+
 def at_least_1(text: str) -> int:
     """A number from 1."""
     if not text.isdecimal() or int(text) < 1:
@@ -139,12 +158,36 @@ def export(args: argparse.Namespace, _: list[str]) -> int:
     return 0
 
 
+def report(args: argparse.Namespace, fields: list[str]) -> int:
+    from .train import config
+
+    config.check_options(fields)
+    from .tools import report
+
+    options = {"out": args.out, "images": args.images, "use_model": not args.no_model}
+    for path in report.report(args.folders, args.weights, fields, **options):
+        print(path)
+    return 0
+
+
 def image_size(text: str) -> tuple[int, int]:
     """`224` or `224x160`, height first."""
     sides = text.split("x")
     if not (all(side.isdecimal() for side in sides) and len(sides) in (1, 2)):
         raise argparse.ArgumentTypeError(f"{text!r} is not a size; expected pixels, 224, or height x width, 224x160")
     return int(sides[0]), int(sides[-1])
+
+
+def study(args: argparse.Namespace, fields: list[str]) -> int:
+    from .train import config
+
+    config.check_options(fields)  # before what takes seconds to import
+    from .tools import study
+
+    options = {name: getattr(args, name) for name in ("seeds", "out", "jobs")}
+    schemes = {"schemes": args.schemes} if args.schemes else {}
+    result = study.study(args.recipe, fields=fields, **options, **schemes)
+    return 1 if result["failed"] else 0
 
 
 def recipes(args: argparse.Namespace, _: list[str]) -> int:
@@ -234,6 +277,24 @@ def parser() -> Parser:
     sub.add_argument("--out", metavar="FILE", type=Path, help="write there, not to the standard output")
     sub.add_argument("--batch", metavar="N", type=at_least_1, default=32, help="images at a time (default: 32)")
     sub.add_argument("--device", metavar="D", default="auto", help="auto (default), cpu, cuda, cuda:1, ...")
+    sub = command(
+        "analyze",
+        analyze,
+        "draw what the position embedding does in a run's model: the paper's figures, with their numbers",
+        epilog="Fields of the run's config are options, for example --data.root DIR --device cpu.",
+    )
+    sub.add_argument("run_folder", metavar="RUN", type=Path, help="run folder")
+    sub.add_argument("--weights", choices=("best", "last", "ema"), default="last", help="which weights (default: last)")
+    sub.add_argument("--split", metavar="NAME", help="train, validation (default), or a name that the data set has")
+    sub.add_argument("--folder", metavar="DIR", type=Path, help="images in place of a split, a folder for each class")
+    sub.add_argument("--images", metavar="N", type=int, default=64, help="how many, over the whole split (default: 64)")
+    sub.add_argument(
+        "--out",
+        metavar="DIR",
+        type=Path,
+        help="where pictures and analysis.json go (default: RUN/analysis/WEIGHTS-SPLIT)",
+    )
+    sub.add_argument("--json", metavar="FILE", type=Path, help="write the numbers there as well")
     sub = command("export", export, "write a run's model, or one of random weights, for other programs, and check it")
     sub.add_argument("source", metavar="RUN_OR_MODEL", help="run folder, or a registered model's name (random weights)")
     sub.add_argument("--format", choices=("onnx", "pt2", "safetensors"), required=True, help="what to write")
@@ -244,6 +305,33 @@ def parser() -> Parser:
     sub.add_argument("--batch", metavar="N", type=int, help="fix the number of images a call (default: any number)")
     sub.add_argument("--kernels", action="store_true", help="pt2: keep the fused operators (needs this package)")
     sub.add_argument("--json", metavar="FILE", type=Path, help="write path and difference there as well")
+    sub = command(
+        "report",
+        report,
+        "write curves, tables and sample predictions of a run, or of several, as one HTML file and as Markdown",
+        epilog="Fields of the run's config are options behind the runs, for example --data.root DIR --device cpu.",
+    )
+    sub.add_argument("folders", metavar="RUN", type=Path, nargs="+", help="run folder; several are compared")
+    sub.add_argument("--weights", choices=("best", "last", "ema"), default="last", help="which weights (default: last)")
+    sub.add_argument(
+        "--out", metavar="FILE.html", type=Path, help="default: RUN/report.html; of several runs comparison.html beside"
+    )
+    sub.add_argument("--images", metavar="N", type=int, default=24, help="sample images to show (default: 24)")
+    sub.add_argument("--no-model", action="store_true", help="read the logs alone: no predictions, nothing evaluated")
+    sub = command(
+        "study",
+        study,
+        "train every position scheme with several seeds, and say what the differences are worth",
+        epilog="Any field of the config is an option, for example --epochs 8, and applies to all runs.\n"
+        "Stopped or killed, the same command goes on.",
+    )
+    sub.add_argument("recipe", metavar="RECIPE", help="what to train; `mpvg recipes` lists them")
+    sub.add_argument("--seeds", metavar="N", type=int, default=5, help="runs of each scheme (default: 5)")
+    sub.add_argument("--schemes", metavar="S", nargs="+", help="position schemes (default: the paper's, and Table 6's)")
+    sub.add_argument("--out", metavar="DIR", type=Path, help="the study's folder (default: runs/study-RECIPE)")
+    sub.add_argument(
+        "--jobs", metavar="N", type=int, help="runs at once (default: what the CPU cores allow; one on a GPU)"
+    )
     command("recipes", recipes, "list the recipes")
     command("info", info, "print which backends there are, which are not and why")
     sub = command("bench", bench, "run a benchmark of the repository; what follows its name goes to it")
@@ -276,7 +364,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line `argv` (default: the process's own); returns the exit code."""
     try:
         args, rest = parser().parse_known_args(argv)
-        if rest and args.run not in (train, evaluate):
+        if rest and args.run not in (train, evaluate, analyze, report, study):
             raise InputError(f"mpvg {args.command} does not take {' '.join(rest)!r}; see `mpvg {args.command} --help`")
         with log_shown():
             return args.run(args, rest)

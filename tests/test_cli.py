@@ -397,7 +397,7 @@ def test_json_that_cannot_be_written(copy, tmp_path, capsys):
 @pytest.mark.parametrize("missing", ["tyro", "sklearn.datasets", "matplotlib.figure"])
 def test_missing_extra(tmp_path, monkeypatch, capsys, missing):
     monkeypatch.setitem(sys.modules, missing, None)  # so that importing it fails
-    for name in ("loop", "metrics", "report"):
+    for name in ("loop", "curves", "report"):
         monkeypatch.delitem(sys.modules, f"mpvg_kernels.train.{name}", raising=False)
         monkeypatch.delattr(mk.train, name, raising=False)
     message = fails(capsys, "train", "--recipe", "digits", "--out", tmp_path / "run", *FAST_ARGS)

@@ -250,8 +250,8 @@ class Log:
     interval: int = 10
     """Updates between two lines of log.jsonl."""
     pos_interval: int | None = 100
-    """Updates between two looks at the position embedding: norm of LN'_l(pos) and its correlation with LN_l(x) in each
-    layer, lines of kind `pos` in log.jsonl; None never looks."""
+    """Updates between two looks at the position embedding, besides those after the first and the last update: norm of
+    LN'_l(pos) and its correlation with LN_l(x) in each layer, lines of kind `pos` in log.jsonl; None never looks."""
     tensorboard: bool | None = None
     """Write TensorBoard's files into the run folder; None does where tensorboard is installed."""
     wandb: str | None = None
