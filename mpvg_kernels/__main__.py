@@ -1,4 +1,4 @@
-"""The `mpvg` command: train, eval, predict, analyze, report, export, recipes, info, bench, demo.
+"""The `mpvg` command: train, eval, predict, analyze, report, export, study, recipes, info, bench, demo.
 
 Exit codes: 0 ok, 1 failure, 2 usage or bad input, 75 training saved on a signal, 130 interrupted. What a command needs
 is imported by that command alone, so that `mpvg info` works without the extras.
@@ -17,7 +17,7 @@ from .train import InputError, Stopped, TrainingError, near_matches
 from .train.signals import EXIT_SAVED
 
 # The extra that brings a package, for a message in place of an ImportError.
-EXTRAS = dict.fromkeys(("tyro", "sklearn", "matplotlib"), "train")
+EXTRAS = dict.fromkeys(("tyro", "sklearn", "scipy", "matplotlib"), "train")
 EXTRAS |= dict.fromkeys(("onnx", "onnxscript", "onnxruntime"), "export")
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
@@ -178,6 +178,18 @@ def image_size(text: str) -> tuple[int, int]:
     return int(sides[0]), int(sides[-1])
 
 
+def study(args: argparse.Namespace, fields: list[str]) -> int:
+    from .train import config
+
+    config.check_options(fields)  # before what takes seconds to import
+    from .tools import study
+
+    options = {name: getattr(args, name) for name in ("seeds", "out", "jobs")}
+    schemes = {"schemes": args.schemes} if args.schemes else {}
+    result = study.study(args.recipe, fields=fields, **options, **schemes)
+    return 1 if result["failed"] else 0
+
+
 def recipes(args: argparse.Namespace, _: list[str]) -> int:
     from .train import recipes
 
@@ -306,6 +318,20 @@ def parser() -> Parser:
     )
     sub.add_argument("--images", metavar="N", type=int, default=24, help="sample images to show (default: 24)")
     sub.add_argument("--no-model", action="store_true", help="read the logs alone: no predictions, nothing evaluated")
+    sub = command(
+        "study",
+        study,
+        "train every position scheme with several seeds, and say what the differences are worth",
+        epilog="Any field of the config is an option, for example --epochs 8, and applies to all runs.\n"
+        "Stopped or killed, the same command goes on.",
+    )
+    sub.add_argument("recipe", metavar="RECIPE", help="what to train; `mpvg recipes` lists them")
+    sub.add_argument("--seeds", metavar="N", type=int, default=5, help="runs of each scheme (default: 5)")
+    sub.add_argument("--schemes", metavar="S", nargs="+", help="position schemes (default: the paper's, and Table 6's)")
+    sub.add_argument("--out", metavar="DIR", type=Path, help="the study's folder (default: runs/study-RECIPE)")
+    sub.add_argument(
+        "--jobs", metavar="N", type=int, help="runs at once (default: what the CPU cores allow; one on a GPU)"
+    )
     command("recipes", recipes, "list the recipes")
     command("info", info, "print which backends there are, which are not and why")
     sub = command("bench", bench, "run a benchmark of the repository; what follows its name goes to it")
@@ -338,7 +364,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line `argv` (default: the process's own); returns the exit code."""
     try:
         args, rest = parser().parse_known_args(argv)
-        if rest and args.run not in (train, evaluate, analyze, report):
+        if rest and args.run not in (train, evaluate, analyze, report, study):
             raise InputError(f"mpvg {args.command} does not take {' '.join(rest)!r}; see `mpvg {args.command} --help`")
         with log_shown():
             return args.run(args, rest)

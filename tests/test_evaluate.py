@@ -16,7 +16,7 @@ from mpvg_kernels import __main__ as cli
 from mpvg_kernels.tools import evaluate, latency, pictures
 from mpvg_kernels.tools.evaluate import Predictions
 from mpvg_kernels.train import InputError, TrainingError, config, loop
-from mpvg_kernels.train.data import evaluation, open_images, sources
+from mpvg_kernels.train.data import create_data, evaluation, open_images, sources
 from mpvg_kernels.train.data.evaluation import EvalImages, ImageBatch, share
 from mpvg_kernels.train.distributed import World
 from mpvg_kernels.train.model import create_model
@@ -168,6 +168,13 @@ def test_labels_are_the_runs_where_classes_lack(folder):
     assert alone.class_names == ["bee", "cow"] and listed(alone)[0] == (0, 0)
     assert open_images(of(folder), CPU, "train", class_names=NAMES).size == 24
     assert open_images(of(folder), CPU, "val", class_names=NAMES).size == 14  # by its folder's name
+
+
+def test_pixels_are_those_of_training(folder):
+    """The same bits, so that `mpvg eval` finds the accuracy that training has logged."""
+    data = create_data(of(folder, data__val_split="train"), CPU)
+    x = torch.cat([x for x, *_ in data.test_batches()])
+    assert torch.equal(x, torch.cat([batch.x for batch in open_images(of(folder), CPU, "train").batches(5)]))
 
 
 def test_any_folder(folder, tmp_path):

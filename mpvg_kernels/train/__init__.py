@@ -1,4 +1,4 @@
-"""Trains the library's models: `mpvg train`, `mpvg eval`, `mpvg recipes`.
+"""Trains the library's models: `mpvg train`, `mpvg recipes`; tools/ has what is done with a run afterwards.
 
 One file a concern: config (what can be set), recipes/ (values that work), data/ (images and their order), model, optim
 and losses (what is trained, how, and on what), loop (the training itself), distributed (many processes), signals,

@@ -4,7 +4,6 @@ What the command line calls:
 
     mpvg train --recipe digits --out runs/digits --resume auto
     torchrun --nproc-per-node 8 -m mpvg_kernels train --recipe deit_tiny_in1k --data.root /data/imagenet --resume auto
-    mpvg eval runs/digits
 
 A run's state is the weights, what the optimizer remembers, and two integers, the epoch and the update in it. Every
 random number is a function of the seed and of these: the images' order and augmentation (data/), and what an update
@@ -767,15 +766,20 @@ def run_of(path: Path) -> RunFolder:
 
 def check_same_run(folder: RunFolder, trainer: Trainer) -> None:
     """Raise InputError where the folder's run is not the one that `trainer` would go on with."""
+    check_same_config(folder, trainer.config)
+    check_classes(folder, trainer.data.class_names)
+
+
+def check_same_config(folder: RunFolder, config: Config) -> None:
+    """Raise InputError where the folder's run is of another config; what MAY_CHANGE names is not compared."""
     saved = folder.config()
     for name in config_fields():
-        before, now = get(saved, name), get(trainer.config, name)
+        before, now = get(saved, name), get(config, name)
         if before != now and not name.startswith(MAY_CHANGE):
             raise InputError(
                 f"{folder.path} holds a run with {name} {before!r}, and the config now says {now!r}: go on with the "
                 "same, or give a new run another folder with --out"
             )
-    check_classes(folder, trainer.data.class_names)
 
 
 def check_classes(folder: RunFolder, names: list[str] | None) -> None:

@@ -149,7 +149,7 @@ class RunFolder:
             if path.is_dir() and not {file.name for file in path.iterdir()} <= ours:
                 raise InputError(taken)
             path.mkdir(parents=True, exist_ok=True)
-            lock_file = _lock(path)
+            lock_file = lock_folder(path)
             if (path / "run.json").exists():  # another process made the run in between, and has ended
                 raise InputError(taken)
             write_json(path / "run.json", info)
@@ -172,7 +172,7 @@ class RunFolder:
         """
         if self._lock_file is None:
             try:
-                self._lock_file = _lock(self.path)
+                self._lock_file = lock_folder(self.path)
             except OSError as error:
                 raise InputError(f"{self.path} can't be written ({error.strerror})") from None
 
@@ -323,11 +323,15 @@ def _load(path: Path, model: nn.Module, of: str) -> None:
     model.load_state_dict(found)
 
 
-def _lock(folder: Path):
-    """The open file that holds the lock on a folder; None where there are no locks.
+def lock_folder(folder: Path) -> IO[str] | None:
+    """The open file that holds the lock on a folder until it is closed; None where there are no locks.
 
     A record lock (lockf), not flock: the kernel drops it with this process, while flock's would live on in the data
     workers, which hold copies of the open file for some seconds after the process is gone.
+
+    Raises:
+        InputError: another process holds it.
+        OSError: the folder can't be written.
     """
     if fcntl is None:
         return None

@@ -18,7 +18,7 @@ from .. import InputError
 from ..config import Config
 from ..distributed import World
 from .digits import Digits, load_splits
-from .images import KeyedImages, KeyLists, Loader, Sample, Source, convert, create_transforms
+from .images import KeyedImages, KeyLists, Loader, Sample, Source, convert, held_out_transform
 from .sources import STREAMS, Split, open_folder, open_split, prefix, preprocessing
 
 SPLITS = {"train": "train_split", "validation": "val_split"}
@@ -141,13 +141,16 @@ class _LoadedImages(EvalImages):
         self.preprocessing, self.device = prepared, device
         self.num_classes, self.class_names = split.num_classes, split.class_names
         self.mode = "L" if prepared["input_size"][0] == 1 else "RGB"
-        self.transform = create_transforms(config, prepared)[1]
+        self.transform = held_out_transform(prepared, pixels=True)
+        self.mean, self.std = (torch.tensor(prepared[key], device=device).view(-1, 1, 1) for key in ("mean", "std"))
         self.format = torch.channels_last if config.model.channels_last else torch.contiguous_format
         self.most_workers = config.data.workers
         self.loader: Loader | None = None
 
     def _on_device(self, x: Tensor, y: Tensor, index: Tensor) -> ImageBatch:
-        x = x.to(self.device, non_blocking=True, memory_format=self.format)
+        # Normalised a batch at a time, in training's order of operations: four times fewer bytes come from the workers.
+        x = x.to(self.device, non_blocking=True).to(torch.float32, memory_format=self.format)
+        x = x.div_(255).sub_(self.mean).div_(self.std)
         return ImageBatch(x, y.to(self.device, non_blocking=True), index)
 
     def close(self) -> None:
@@ -163,7 +166,8 @@ class IndexedImages(_LoadedImages):
         super().__init__(config, split, prepared, device)
         self.source = Source(split.images, self.mode)
         self.size = len(self.source)
-        self.images = KeyedImages(None, self.source, None, self.transform, prepared["input_size"], 0)
+        blank = torch.zeros(prepared["input_size"], dtype=torch.uint8)
+        self.images = KeyedImages(None, self.source, None, self.transform, blank, 0)
         self.keys, self.workers = KeyLists(), -1
 
     def batches(
