@@ -12,7 +12,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ..train.report import table
+from ..train.table import table
 from .statistics import binomial_error, estimate, holm, sign_flip_test, t_test
 
 BASELINES = ("default", "gap")
