@@ -394,6 +394,23 @@ def test_different_data_shows_no_predictions_side_by_side(copy, tmp_path):
     )
 
 
+@pytest.mark.usefixtures("undrawn")
+def test_other_images_show_no_predictions_side_by_side(copy):
+    """Of one data set by name, but it has changed between the two."""
+    second = Path(shutil.copytree(copy, copy.with_name("other")))
+    plain, calls = report.predictions, []
+
+    def predictions(*args, **kwargs):
+        calls.append(plain(*args, **kwargs))
+        return calls[-1]._replace(label=calls[-1].label.roll(len(calls)))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "predictions", predictions)
+        found = same_tables(report.report([copy, second]))
+    assert "Confusion matrix" not in found.text
+    assert "The runs' held-out images are not the same: no predictions are shown side by side." in found.text
+
+
 def test_runs_of_one_name(tmp_path):
     runs = [make_run(tmp_path / parent / "run") for parent in ("a", "b")]
     records, said = collect_all([*runs, tmp_path / "a" / ".." / "a" / "run"])
