@@ -150,7 +150,7 @@ def pos_over_updates(quantity: Pos, record: RunRecord) -> Figure:
         x, y = _thin([step for step, _ in points], [value for _, value in points])
         axes.plot(x, y, color=colour, marker="." if len(points) < 30 else None, label=layer_name(layer))
     axes.set(xlabel="update", ylabel=quantity.label)
-    legend(axes, 4)
+    legend(axes, 3)
     return figure
 
 
