@@ -147,14 +147,16 @@ def write_result(path: Path | None, result: dict) -> None:
 def export(args: argparse.Namespace, _: list[str]) -> int:
     from .tools import export
 
-    options = {name: getattr(args, name) for name in ("weights", "scheme", "img_size", "batch", "kernels")}
+    names = ("weights", "scheme", "img_size", "batch", "kernels", "opset", "device", "card", "fresh_check")
+    options = {name: getattr(args, name) for name in names}
     try:
         done = export.export(args.source, args.format, args.out, **options)
-    except export.ParityError as error:
+    except export.CheckError as error:
         print(f"mpvg: {error}", file=sys.stderr)
         return 1
     print(export.describe(done, args.format, args.batch))
-    write_result(args.json, done._asdict() | {"path": str(done.path), "allowed": export.TOLERANCES[args.format]})
+    paths = {"path": str(done.path), "card": str(done.card) if done.card else None}
+    write_result(args.json, done._asdict() | paths | {"allowed": export.TOLERANCES[args.format]})
     return 0
 
 
@@ -296,15 +298,25 @@ def parser() -> Parser:
     )
     sub.add_argument("--json", metavar="FILE", type=Path, help="write the numbers there as well")
     sub = command("export", export, "write a run's model, or one of random weights, for other programs, and check it")
-    sub.add_argument("source", metavar="RUN_OR_MODEL", help="run folder, or a registered model's name (random weights)")
-    sub.add_argument("--format", choices=("onnx", "pt2", "safetensors"), required=True, help="what to write")
+    sub.add_argument(
+        "source",
+        metavar="SOURCE",
+        help="run folder, folder in timm's format (RUN/best), or model name (random weights)",
+    )
+    sub.add_argument("--format", choices=("onnx", "pt2", "aot", "safetensors"), required=True, help="what to write")
     sub.add_argument("--out", metavar="PATH", type=Path, help="file (safetensors: folder) to make (default: NAME here)")
     sub.add_argument("--weights", choices=("best", "last", "ema"), help="which weights of a run (default: last)")
     sub.add_argument("--scheme", metavar="SCHEME", help="position scheme of a model's name, for example mpvg(last=8)")
     sub.add_argument("--img-size", metavar="SIZE", type=image_size, help="image size, 224 or 224x160 (default: own)")
     sub.add_argument("--batch", metavar="N", type=int, help="fix the number of images a call (default: any number)")
-    sub.add_argument("--kernels", action="store_true", help="pt2: keep the fused operators (needs this package)")
-    sub.add_argument("--json", metavar="FILE", type=Path, help="write path and difference there as well")
+    sub.add_argument("--kernels", action="store_true", help="pt2, aot: keep the fused operators (needs this package)")
+    sub.add_argument("--opset", metavar="N", type=int, help="onnx: operator set (default: PyTorch's)")
+    sub.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="aot: what it is compiled for")
+    sub.add_argument("--no-card", dest="card", action="store_false", help="write no model card beside the model")
+    sub.add_argument(
+        "--no-fresh-check", dest="fresh_check", action="store_false", help="do not load it in a fresh process as well"
+    )
+    sub.add_argument("--json", metavar="FILE", type=Path, help="write path, card and difference there as well")
     sub = command(
         "report",
         report,

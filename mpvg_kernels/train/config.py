@@ -404,9 +404,8 @@ def field_names() -> list[str]:
     return [name for name, _ in fields()]
 
 
-def ignored(config: Config) -> list[str]:
-    """Sentences on fields that are set, and have no effect together with the others."""
-    default = Config()
+def without_effect(config: Config) -> dict[str, str]:
+    """The fields that have no effect together with the others, each with the reason."""
     digits, mixing = config.data.name == "digits", bool(config.aug.mixup or config.aug.cutmix)
     cases = [
         # (no effect when, because, the fields)
@@ -436,11 +435,15 @@ def ignored(config: Config) -> list[str]:
         ),
         (config.loss.distillation == "hard", "loss.distillation is hard", ["loss.distill_tau"]),
     ]
+    return {name: reason for when, reason, names in cases if when for name in names}
+
+
+def ignored(config: Config) -> list[str]:
+    """Sentences on fields that are set, and have no effect together with the others."""
+    default = Config()
     return [
         f"config field {name} has no effect: {reason}"
-        for when, reason, names in cases
-        if when
-        for name in names
+        for name, reason in without_effect(config).items()
         if get(config, name) != get(default, name)
     ]
 
