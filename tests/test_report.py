@@ -594,7 +594,7 @@ def folder_run(tmp_path):
 
 def test_hostile_names(folder_run, monkeypatch):
     names = [HOSTILE, "b\n# c", "_d"]
-    folder = folder_run(names, "_r$x$ <b> & c")
+    folder = folder_run(names, "_r$x\\y$ <b> & c")
     plain = report.summary
     monkeypatch.setattr(report, "summary", lambda found, classes, _: plain(found, classes, names))
     pages = report.report([folder])
@@ -606,14 +606,14 @@ def test_hostile_names(folder_run, monkeypatch):
     assert len(samples) == 3 and all(image["src"].startswith("data:image/") for image in samples)
     second = make_run(folder.with_name("$y$_"), class_names=[])
     drawn = read(report.report([folder, second], use_model=False)[0])
-    assert "_r$x$ &lt;b&gt; &amp; c" in drawing(drawn.images[0]) and "$y$_" in drawing(drawn.images[0])
+    assert "_r$x\\y$ &lt;b&gt; &amp; c" in drawing(drawn.images[0]) and "$y$_" in drawing(drawn.images[0])
 
 
 @pytest.mark.usefixtures("undrawn")
 def test_many_classes(folder_run, monkeypatch):
     folder = folder_run([str(i) for i in range(25)])
     plain = report.summary
-    names = [f"{HOSTILE} {i}" for i in range(25)]
+    names = [f"$x\\y$ {i}" for i in range(25)]
     monkeypatch.setattr(report, "summary", lambda found, classes, _: plain(found, classes, names))
     found = same_tables(report.report([folder]))
     assert any(image["alt"].startswith("Confusion matrix of 25 classes") for image in found.images)
