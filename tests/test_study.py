@@ -20,6 +20,7 @@ from mpvg_kernels import __main__ as cli
 from mpvg_kernels.tools import statistics, study, study_report
 from mpvg_kernels.train import InputError, loop
 from mpvg_kernels.train.run_folder import RunFolder
+from mpvg_kernels.train.signals import PASSED_ON, Signals
 
 pytestmark = pytest.mark.xdist_group(__name__)  # one process that has imported everything, for all of its studies
 FIELDS = "--epochs 2 --sched.warmup_epochs 0 --model.patch_size 4 --model.embed_dim 32 --model.depth 2"
@@ -151,6 +152,10 @@ def test_schemes_of_another_name_are_trained_once(capsys):
         (dict(fields=["--model.scheme", "gap"]), "choose by --schemes"),
         (dict(fields=["--lr", "1"]), "did you mean 'optim.lr'"),
         (dict(fields=["--model.name", "vit_tiny_patch16_224"]), "vit_tiny_patch16_224 can't be made with the scheme"),
+        (
+            dict(fields=["--model.name", "mpvg_diet"]),
+            "config field model.name is 'mpvg_diet', which timm does not know",
+        ),
         (dict(seeds=0), "--seeds is 0, expected 1 or more"),
         (dict(recipe="digit"), "did you mean 'digits'"),
     ],
@@ -181,6 +186,20 @@ def test_pooled_schemes_begin_alike():
     for name, found in weights.items():
         same = all(torch.equal(value, found[key]) for key, value in weights["gap"].items() if key != "pos_embed")
         assert same == (name not in ("default", "lape")), name
+
+
+def test_a_signal_that_is_passed_on_is_the_same_signal(monkeypatch):
+    """A terminal or a scheduler sends one to a study's processes, and so does the study."""
+    ended = []
+    monkeypatch.setattr(os, "_exit", ended.append)
+    for variables, expected in (({}, [130]), (dict.fromkeys(PASSED_ON[1:], "1"), [])):
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        with Signals() as signals:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert signals.received == "SIGINT" and ended == expected
+        ended.clear()
 
 
 # ---- a study
@@ -265,6 +284,20 @@ def test_a_run_is_what_train_makes(whole, tmp_path):
     assert (folder.path / "last" / "model.safetensors").read_bytes() == (
         whole[0] / run.folder.name / "last" / "model.safetensors"
     ).read_bytes()
+
+
+def test_without_images_there_are_the_accuracies(whole, monkeypatch, tmp_path):
+    def refuse(*_):
+        raise InputError("the images are elsewhere")
+
+    monkeypatch.setattr(study, "open_images", refuse)
+    runs = study.runs_of("digits", SCHEMES, 2, FIELDS, whole[0])
+    found = study.look_at(runs, "digits", FIELDS, whole[0], {})
+    study_report.write(found, tmp_path)
+    text = (tmp_path / "study.md").read_text()
+    assert "Not looked at: the images are elsewhere." in text and "binomial standard error of" not in text
+    assert {path.name for path in tmp_path.iterdir()} == {"study.md", "accuracy.png", "differences.png"}
+    assert found["comparisons"] == without_cost(whole[0])["comparisons"]
 
 
 def test_other_fields_are_refused(whole, capsys):

@@ -11,7 +11,6 @@ before the next seed, so that what is there at any moment is as many whole pairs
 
 import dataclasses
 import json
-import math
 import multiprocessing
 import os
 import re
@@ -37,7 +36,7 @@ from ..train import InputError, Stopped, TrainingError, distributed, loop, recip
 from ..train.config import Config, check_options, from_args, ignored
 from ..train.data.evaluation import open_images
 from ..train.metrics import read_log
-from ..train.model import ARGUMENTS
+from ..train.model import ARGUMENTS, check_name
 from ..train.run_folder import RunFolder, lock_folder, print_warning, show, write_json
 from ..train.signals import PASSED_ON, Signals
 from . import study_report
@@ -102,6 +101,7 @@ def distinct(schemes: Sequence[str], config: Config) -> list[str]:
     Raises:
         InputError: one that there is not, or that the model can't have.
     """
+    check_name("model.name", config.model.name)
     names: list[str] = []
     fields = {name: value for name in ARGUMENTS if (value := getattr(config.model, name)) is not None}
     for scheme in schemes:
@@ -127,7 +127,8 @@ def is_finished(run: Run) -> bool:
 def last_epoch(run: Run) -> dict[str, Any]:
     """The line of log.jsonl on the run's last epoch, empty where it is not there."""
     rows = read_log(run.folder, "epoch")
-    return next((row for row in rows if row["epoch"] == run.config.total_epochs and "test_acc" in row), {})
+    last = (row for row in rows if row.get("epoch") == run.config.total_epochs and row.get("test_acc") is not None)
+    return next(last, {})
 
 
 def study(
@@ -293,7 +294,13 @@ def train_runs(runs: Sequence[Run], recipe: str, out: Path, jobs: int) -> dict[s
         while at_work or (waiting and signals.received is None):
             while waiting and len(at_work) < jobs and signals.received is None:
                 slot = min(set(range(jobs)) - {job.slot for job in at_work})
-                at_work.append(Job(waiting.pop(0), recipe, out, slot))
+                try:
+                    at_work.append(Job(waiting[0], recipe, out, slot))
+                    waiting.pop(0)
+                except (EOFError, OSError) as error:
+                    time.sleep(POLL_S)  # a signal to the whole group may have ended the process that forks just before
+                    if signals.received is None:
+                        raise TrainingError(f"no process could be started for {waiting[0]} ({error})") from None
             ended = []
             while not ended:
                 ended = connection.wait([job.pipe for job in at_work], POLL_S)
@@ -309,19 +316,21 @@ def train_runs(runs: Sequence[Run], recipe: str, out: Path, jobs: int) -> dict[s
                 if found["stopped"] or (found["error"] and signals.received is not None):
                     continue
                 ready += 1
+                if not found["error"] and not is_finished(job.run):
+                    found["error"] = f"{job.run.folder / 'log.jsonl'} has lost the accuracy of the last epoch"
                 if found["error"]:
                     failed[str(job.run)] = found["error"]
                     outcome = f"failed: {found['error']}"
                 else:
-                    outcome = f"{last_epoch(job.run).get('test_acc', math.nan):.2f} %, {found['wall_s']:.0f} s"
+                    outcome = f"{last_epoch(job.run)['test_acc']:.2f} %, {found['wall_s']:.0f} s"
                     seconds.append(found["wall_s"])
                 left = len(waiting) + len(at_work)
                 time_left = study_report.duration(sum(seconds) / len(seconds) * left / jobs) if left and seconds else ""
                 show(f"[{ready}/{len(runs)}] {job.run}: {outcome}{time_left and f'; about {time_left} left'}")
-        if waiting or signals.received is not None and not all(map(is_finished, runs)):
+        finished = sum(map(is_finished, runs))
+        if signals.received is not None and finished < len(runs):
             raise Stopped(
-                f"{signals.received}: {sum(map(is_finished, runs))} of {len(runs)} runs are finished; the same command "
-                f"goes on in {out}"
+                f"{signals.received}: {finished} of {len(runs)} runs are finished; the same command goes on in {out}"
             )
     return failed
 
@@ -378,10 +387,10 @@ def _held_out(config: Config) -> tuple[int | None, torch.Tensor | None, str]:
     except InputError as error:
         return None, None, str(error)
     try:
-        batch = next(images.batches(PROBED, range(min(PROBED, images.size))), None)
+        batch = next(images.batches(PROBED, range(min(PROBED, images.size or PROBED))), None)
     finally:
         images.close()
-    return images.size, None if batch is None else batch.x, "no held-out image could be read"
+    return images.size or None, None if batch is None else batch.x, "no held-out image could be read"
 
 
 def _look_at_norms(folder: RunFolder, x: torch.Tensor) -> tuple[float | None, dict[str, list] | None]:

@@ -12,12 +12,15 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ..train.table import table
+from ..train.table import Table, figure_of
+from .pictures import save
 from .statistics import binomial_error, estimate, holm, sign_flip_test, t_test
 
 BASELINES = ("default", "gap")
 """What every scheme is compared with: the paper says that MPVG is above both. Its variants are compared with mpvg."""
 LEVEL = 0.95
+WIDTH, DPI = 5.4, 140
+"""Of the pictures, in inches: on a phone their text is as large as a page's small print."""
 
 
 def pairs(schemes: Sequence[str]) -> list[tuple[str, str]]:
@@ -149,10 +152,6 @@ def _interval(row: Mapping[str, Any] | None, digits: int = 2) -> str:
     return "-" if row is None or row["low"] is None else f"{row['low']:.{digits}f} to {row['high']:.{digits}f}"
 
 
-def _number(value: float | None, digits: int = 2, signed: bool = False) -> str:
-    return "-" if value is None else f"{value:{'+' if signed else ''}.{digits}f}"
-
-
 def markdown(found: dict[str, Any]) -> str:
     """study.md."""
     seeds, images = len(found["seeds"]), found["test_images"]
@@ -160,11 +159,11 @@ def markdown(found: dict[str, Any]) -> str:
     for name, row in found["schemes"].items():
         mean, loss = row["accuracy_estimate"], row["loss_estimate"]
         if mean is None:
-            rows.append((f"`{name}`", "no run finished", *"-----"))
+            rows.append((name, "no run finished", *"-----"))
             continue
-        each = ", ".join(_number(value, 1) for value in row["accuracy"])
-        cells = (f"**{mean['mean']:.2f}**", _interval(mean), _number(mean["sd"]), each)
-        rows.append((f"`{name}`", *cells, _mean_and_deviation(loss, ".3f"), f"{row['parameters']:,}"))
+        each = ", ".join(figure_of(value, ".1f") for value in row["accuracy"])
+        cells = (f"{mean['mean']:.2f}", _interval(mean), figure_of(mean["sd"], ".2f"), each)
+        rows.append((name, *cells, _mean_and_deviation(loss, ".3f"), f"{row['parameters']:,}"))
     header = ("scheme", "accuracy, %", "95 % interval", "deviation", "by seed", "loss", "parameters")
     title = f"# {found['recipe']}: {len(found['schemes'])} position schemes, {seeds} seed{'s' * (seeds > 1)}"
     parts = [title, found["claim"]]
@@ -176,7 +175,7 @@ def markdown(found: dict[str, Any]) -> str:
         )
     parts.append(
         f"Accuracy and loss are those of the last epoch on the held-out images, never of the best epoch.{size}\n\n"
-        f"{table(header, rows)}\n\n![accuracy of each scheme: every seed, mean and interval](accuracy.png)"
+        f"{Table(header, rows).markdown()}\n\n![accuracy of each scheme: every seed, mean and interval](accuracy.png)"
     )
     parts.append(_differences(found))
     parts.append(_position(found))
@@ -194,17 +193,17 @@ def _differences(found: dict[str, Any]) -> str:
         "## Paired differences",
         "Scheme minus baseline at the same seed, in points, with the mean's 95 % interval by Student's t. p (flip) is "
         "the exact sign-flip test's, p (t) the paired t-test's, p (Holm) the latter adjusted for all "
-        f"{tested} comparisons. Bold: the interval leaves out 0. A dash: the differences are all the same, or one "
-        "alone, which gives no interval.",
+        f"{tested} comparisons. A dash: the differences are all the same, or there is one alone.",
     ]
-    header = ("scheme", "difference", "95 % interval", "p (flip)", "p (t)", "p (Holm)")
+    header = ("scheme", "difference", "95 % interval", "without 0", "p (flip)", "p (t)", "p (Holm)")
     for baseline, group in itertools.groupby(found["comparisons"], key=lambda row: row["baseline"]):
         rows = []
         for row in group:
-            mean = _number(row["mean"], 2, signed=True)
-            cells = (f"**{mean}**" if beyond(row) else mean, _interval(row), _number(row["sign_flip_p"], 3))
-            rows.append((f"`{row['scheme']}`", *cells, _number(row["t_p"], 3), _number(row["holm_p"], 3)))
-        text.append(f"Against `{baseline}`:\n\n{table(header, rows)}")
+            p_values = (figure_of(row[key], ".3f") for key in ("sign_flip_p", "t_p", "holm_p"))
+            without_0 = "-" if row["low"] is None else "yes" if beyond(row) else "no"
+            cells = (f"{row['mean']:+.2f}", _interval(row), without_0, *p_values)
+            rows.append((row["scheme"], *cells))
+        text.append(f"Against `{baseline}`:\n\n{Table(header, rows).markdown()}")
     return "\n\n".join([*text, "![paired differences: every seed, mean and interval](differences.png)"])
 
 
@@ -217,7 +216,7 @@ def _position(found: dict[str, Any]) -> str:
     for name, row in found["schemes"].items():
         by_layer = {each["layer"]: each for each in row["correlation"]}
         cells = [_mean_and_deviation(by_layer.get(layer), ".2f") for layer in layers]
-        rows.append((f"`{name}`", *cells, _mean_and_deviation(row["bias_variance_estimate"], ".1e")))
+        rows.append((name, *cells, _mean_and_deviation(row["bias_variance_estimate"], ".1e")))
     header = ("scheme", *(f"layer {layer}" if layer != "last" else "last norm" for layer in layers))
     text = (
         "Correlation between the layer-normed tokens LN_l(x), their mean over the images, and the layer-normed "
@@ -227,7 +226,7 @@ def _position(found: dict[str, Any]) -> str:
         "-0.37 in layer 1 to -0.95 in layer 11, and the variance is 0.2387 in PVG and 0.0193 in MPVG."
     )
     picture = "![correlation by layer, and variance of the last norm's bias](correlation.png)"
-    return "\n\n".join([title, text, table((*header, "bias variance"), rows), picture])
+    return "\n\n".join([title, text, Table((*header, "bias variance"), rows).markdown(), picture])
 
 
 def _mean_and_deviation(row: Mapping[str, Any] | None, form: str) -> str:
@@ -316,13 +315,13 @@ def _legend(figure: Figure, panels: Sequence[Axes]) -> None:
     """One legend under the whole figure, each label once."""
     found = [zip(*reversed(axes.get_legend_handles_labels()), strict=True) for axes in panels]
     once = dict(itertools.chain(*found))
-    figure.legend(once.values(), once.keys(), loc="outside lower center", frameon=False, fontsize=9, ncols=2)
+    figure.legend(once.values(), once.keys(), loc="outside lower center", frameon=False, fontsize=9)
 
 
 def draw_accuracy(found: dict[str, Any]) -> Figure:
     """Every seed's accuracy, mean and interval by scheme; a band shows the binomial standard error."""
     names = list(found["schemes"])
-    figure = Figure((6.4, 1.5 + 0.5 * len(names)), layout="constrained")
+    figure = Figure((WIDTH, 1.5 + 0.5 * len(names)), layout="constrained")
     axes = figure.subplots()
     if found["binomial_error"]:
         middle, error = found["accuracy_of_all"], found["binomial_error"]
@@ -341,7 +340,7 @@ def draw_differences(found: dict[str, Any]) -> Figure:
     """The paired differences, a panel for each baseline; orange where the interval leaves out 0."""
     groups = [(k, list(g)) for k, g in itertools.groupby(found["comparisons"], key=lambda row: row["baseline"])]
     heights = [len(group) + 1.5 for _, group in groups]
-    figure = Figure((6.4, 0.8 + 0.48 * sum(heights)), layout="constrained")
+    figure = Figure((WIDTH, 0.8 + 0.48 * sum(heights)), layout="constrained")
     panels = figure.subplots(len(groups), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
     for axes, (baseline, group) in zip(panels, groups, strict=True):
         axes.axvline(0, color="0.3", lw=1)
@@ -359,7 +358,7 @@ def draw_correlation(found: dict[str, Any]) -> Figure:
     """Correlation of LN_l(x) and LN'_l(pos) by layer, and the variance of the last norm's bias."""
     layers, names = layers_of(found), list(found["schemes"])
     heights = (4.4, 0.5 + 0.46 * len(names))
-    figure = Figure((6.4, 1.8 + sum(heights)), layout="constrained")
+    figure = Figure((WIDTH, 1.8 + sum(heights)), layout="constrained")
     top, bottom = figure.subplots(2, 1, height_ratios=heights)
     shown = [name for name in names if found["schemes"][name]["correlation"]]
     for i, name in enumerate(shown):
@@ -388,8 +387,8 @@ def write(found: dict[str, Any], out: Path) -> None:
     Raises:
         OSError: they can't be written.
     """
-    draw_accuracy(found).savefig(out / "accuracy.png", dpi=120)
-    draw_differences(found).savefig(out / "differences.png", dpi=120)
+    save(draw_accuracy(found), out / "accuracy.png", dpi=DPI)
+    save(draw_differences(found), out / "differences.png", dpi=DPI)
     if found["position"]["images"] is not None:
-        draw_correlation(found).savefig(out / "correlation.png", dpi=120)
+        save(draw_correlation(found), out / "correlation.png", dpi=DPI)
     (out / "study.md").write_text(markdown(found))
