@@ -21,7 +21,7 @@ from .train.config import Config
 from .train.loop import Trainer, cpu_threads, train
 from .train.metrics import read_log
 from .train.report import write_report
-from .train.table import Table
+from .train.table import table
 
 MIN_ACCURACY = 97.5  # percent, after the last epoch; the recipe's seeds lie above
 MAX_LOSS_DIFFERENCE = 1e-5  # relative, over the first updates
@@ -104,7 +104,7 @@ def benchmark_section(name: str, rows: list[dict[str, Any]]) -> str:
         for r in rows
     ]
     header = ("inputs", "shape", "provider", "ms", "of the copy roof", "over eager", "over torch.compile")
-    return f"### {OPERATORS[name]}\n\n{Table(header, lines).markdown()}\n\n![{OPERATORS[name]}]({name}.png)\n"
+    return f"### {OPERATORS[name]}\n\n{table(header, lines)}\n\n![{OPERATORS[name]}]({name}.png)\n"
 
 
 def main(out: Path | None) -> int:

@@ -69,7 +69,7 @@ def test_top_5():
 def test_calibration_error_is_that_of_a_plain_loop():
     generator = torch.Generator().manual_seed(0)
     confidence = torch.rand(500, generator=generator, dtype=torch.float64)
-    confidence[:16] = torch.arange(16) / 15  # the bins' borders belong to the bin below
+    confidence[:16] = torch.arange(16, dtype=torch.float64) / 15  # the bins' borders belong to the bin below
     right = torch.rand(500, generator=generator) < confidence**2
     rows, error = evaluate.calibration(confidence, right)
     expected = 0.0
@@ -128,6 +128,14 @@ def test_predictions():
     assert two.top.shape == (50, 2) and evaluate.summary(two, 2)["acc5"] is None
     with pytest.raises(TrainingError, match="no image could be read"):
         evaluate.predictions(nn.Flatten(), Logits(images.logits[:0], images.labels[:0]), plain)
+
+
+def test_of_equal_logits_the_first_counts():
+    """As argmax has it, in training's evaluation."""
+    logits = torch.randint(3, (200, 100), generator=torch.Generator().manual_seed(0)).bfloat16()
+    top, prob, _ = evaluate.top_classes(logits)
+    assert torch.equal(top[:, 0], logits.argmax(-1)) and prob.dtype == torch.float32
+    assert all(len(set(row)) == 5 for row in top.tolist())
 
 
 def test_default_batch():
@@ -235,6 +243,7 @@ def test_streams(stream, tmp_path):
     "options, message",
     [
         ({"split": "other"}, "--split is 'other', but data.root .* has no folder or tar file other; expected one with"),
+        ({"folder": ".", "class_names": NAMES}, "has the splits (empty, )?train, val in it, expected one of them"),
         ({"folder": "nowhere"}, "nowhere does not exist, expected a folder with a folder of images for each class"),
         ({"folder": "train", "class_names": ["ant", "cow"]}, "class folders that the run does not know: bee; its 2 cl"),
         ({"folder": "empty", "class_names": NAMES}, "empty has no images .* in folders, one a class"),
@@ -411,14 +420,16 @@ def test_confusion_matrix(classes):
         confusion[1, 0] = 4
         assert pictures.most_confused(confusion, 5) == [(1, 0, 4), (0, 1, 3)]
         assert pictures.most_confused(confusion, 1) == [(1, 0, 4)]
+    if classes == 450:
+        confusion[400, 2] = 5
     figure = pictures.confusion_matrix(confusion)
     matrix = figure.axes[0].images[0].get_array()
     assert matrix.shape == ((150, 150) if classes == 450 else (classes, classes))
     if classes == 10:
         assert matrix[1, 0] == pytest.approx(100 * 4 / 11)
         assert [text.get_text() for text in figure.axes[0].texts][:3] == ["7", "3", "4"]
-    if classes == 450:  # three classes a cell, so that both mistakes are in the first
-        assert matrix[0, 0] == 100
+    if classes == 450:  # three classes a cell, so that the first two mistakes are in the first
+        assert matrix[0, 0] == 100 and matrix[133, 0] == pytest.approx(100 * 5 / 26)
     assert pictures.png(figure) == pictures.png(pictures.confusion_matrix(confusion))
 
 

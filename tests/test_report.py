@@ -165,9 +165,13 @@ def copy(trained, tmp_path):
 
 @pytest.fixture
 def undrawn(monkeypatch):
-    """Figures are made and not drawn, which takes most of a report's time."""
-    empty = {"svg": "<svg >", "png": b"PNG"}
-    monkeypatch.setattr(Figure, "savefig", lambda self, file, format, **_: file.write(empty[format]))
+    """Curves are made and not drawn, which takes most of a report's time."""
+    plain = Figure.savefig
+
+    def savefig(self, file, format, **kwargs):
+        file.write("<svg >") if format == "svg" else plain(self, file, format=format, **kwargs)
+
+    monkeypatch.setattr(Figure, "savefig", savefig)
 
 
 # ---- one run
@@ -390,6 +394,23 @@ def test_different_data_shows_no_predictions_side_by_side(copy, tmp_path):
     )
 
 
+@pytest.mark.usefixtures("undrawn")
+def test_other_images_show_no_predictions_side_by_side(copy):
+    """Of one data set by name, but it has changed between the two."""
+    second = Path(shutil.copytree(copy, copy.with_name("other")))
+    plain, calls = report.predictions, []
+
+    def predictions(*args, **kwargs):
+        calls.append(plain(*args, **kwargs))
+        return calls[-1]._replace(label=calls[-1].label.roll(len(calls)))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "predictions", predictions)
+        found = same_tables(report.report([copy, second]))
+    assert "Confusion matrix" not in found.text
+    assert "The runs' held-out images are not the same: no predictions are shown side by side." in found.text
+
+
 def test_runs_of_one_name(tmp_path):
     runs = [make_run(tmp_path / parent / "run") for parent in ("a", "b")]
     records, said = collect_all([*runs, tmp_path / "a" / ".." / "a" / "run"])
@@ -573,7 +594,7 @@ def folder_run(tmp_path):
 
 def test_hostile_names(folder_run, monkeypatch):
     names = [HOSTILE, "b\n# c", "_d"]
-    folder = folder_run(names, "_r$x$ <b> & c")
+    folder = folder_run(names, "_r$x\\y$ <b> & c")
     plain = report.summary
     monkeypatch.setattr(report, "summary", lambda found, classes, _: plain(found, classes, names))
     pages = report.report([folder])
@@ -585,19 +606,30 @@ def test_hostile_names(folder_run, monkeypatch):
     assert len(samples) == 3 and all(image["src"].startswith("data:image/") for image in samples)
     second = make_run(folder.with_name("$y$_"), class_names=[])
     drawn = read(report.report([folder, second], use_model=False)[0])
-    assert "_r$x$ &lt;b&gt; &amp; c" in drawing(drawn.images[0]) and "$y$_" in drawing(drawn.images[0])
+    assert "_r$x\\y$ &lt;b&gt; &amp; c" in drawing(drawn.images[0]) and "$y$_" in drawing(drawn.images[0])
 
 
 @pytest.mark.usefixtures("undrawn")
 def test_many_classes(folder_run, monkeypatch):
     folder = folder_run([str(i) for i in range(25)])
+    plain = report.summary
+    names = [f"$x\\y$ {i}" for i in range(25)]
+
+    def summary(found, classes, _):
+        made = plain(found, classes, names)
+        for i, row in enumerate(made["per_class"]):
+            row["acc"] = 100.0 - i
+        return made
+
+    monkeypatch.setattr(report, "summary", summary)
     found = same_tables(report.report([folder]))
     assert any(image["alt"].startswith("Confusion matrix of 25 classes") for image in found.images)
     assert "Table of 25 classes" in found.text
     monkeypatch.setattr(report, "CLASS_ROWS", 10)
     found = same_tables(report.report([folder]))
     assert "The 10 least accurate of 25 classes." in found.text
-    assert len(next(table for table in found.tables if table[0][0] == "class")) == 11
+    classes = next(table for table in found.tables if table[0][0] == "class")
+    assert [row[0] for row in classes[1:]] == names[:14:-1]
 
 
 @pytest.mark.parametrize(

@@ -96,7 +96,8 @@ def predictions(
         TrainingError: no image could be read.
     """
     parts: list[tuple[Tensor, ...]] = []
-    bar = tqdm(total=images.size or None, unit="img", disable=None if progress else True, leave=False)
+    shown = progress and world.rank == 0
+    bar = tqdm(total=images.size or None, unit="img", disable=None if shown else True, leave=False)
     for x, y, index in images.batches(batch or default_batch(config), indices, world=world):
         if config.model.channels_last:
             x = x.to(memory_format=torch.channels_last)
@@ -144,7 +145,7 @@ def calibration(confidence: Tensor, right: Tensor, bins: int = BINS) -> tuple[li
         A dict for each bin, {"low", "high", "images", "acc", "confidence"}, the last two means in percent and None
         where there are no images; and the error in percent.
     """
-    borders = torch.linspace(0, 1, bins + 1, dtype=torch.float64)
+    borders = torch.arange(bins + 1, dtype=torch.float64) / bins
     confidence = confidence.double()
     of = torch.bucketize(confidence, borders[1:-1])  # right borders belong to the bin
     images = torch.bincount(of, minlength=bins)

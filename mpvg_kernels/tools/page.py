@@ -187,7 +187,7 @@ p { margin:.5rem 0; max-width:60rem }
 progress { width:11rem; max-width:100%; accent-color:rgb(var(--blue)) }
 /* A shadow at the right says that there is more to scroll to. */
 .scroll { overflow-x:auto; margin:.5rem 0; max-width:100%; background:
-  linear-gradient(to left,var(--paper) 80%,transparent) right/1.6rem 100% no-repeat local,
+  linear-gradient(to left,var(--paper) 80%,transparent) right -2px top/1.7rem 100% no-repeat local,
   linear-gradient(to left,rgba(128,128,128,.5),transparent) right/.6rem 100% no-repeat scroll }
 table { border-collapse:collapse; font-size:.86rem; font-variant-numeric:tabular-nums; overflow-wrap:normal }
 th, td { padding:.22rem .55rem; border-bottom:1px solid var(--line); text-align:left; vertical-align:top;

@@ -13,6 +13,8 @@ import numpy as np
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
+from ..train.curves import plain
+
 # Not green and red, which many people can't tell apart; marks and frames say it as well.
 RIGHT, WRONG = "C0", "C1"
 NUMBERED = 12
@@ -42,8 +44,8 @@ def save(figure: Figure, path: Path, dpi: int = 100) -> None:
 
 
 def short(name: str, length: int = 18) -> str:
-    """A class name cut to a length; what is cut is marked."""
-    return name if len(name) <= length else name[: length - 1].rstrip() + "…"
+    """A class name cut to a length; what is cut is marked, and what matplotlib would take for a formula is not one."""
+    return plain(name if len(name) <= length else name[: length - 1].rstrip() + "…")
 
 
 def most_confused(confusion: np.ndarray, count: int) -> list[tuple[int, int, int]]:

@@ -157,6 +157,9 @@ def build(
             + "; ".join(f"{record.label}: {_data(record)}" for record in records)
             + ". Their accuracies can't be compared, and no predictions are shown side by side."
         )
+    elif not _same_images(evaluations):
+        comparable = False
+        problems.append("The runs' held-out images are not the same: no predictions are shown side by side.")
     sections = [Section("Results", _results(records))]
     if curves := _curves(records):
         sections.append(Section("Curves", curves))
@@ -323,6 +326,16 @@ def _data(record: RunRecord) -> str:
 
 
 # ---- from the weights
+
+
+def _same_images(evaluations: list[Evaluation]) -> bool:
+    """Whether classes, and the labels at the same places of the splits, are the same."""
+    labels: dict[int, int] = {}
+    for each in evaluations:
+        for index, label in zip(each.found.index.tolist(), each.found.label.tolist(), strict=True):
+            if labels.setdefault(index, label) != label:
+                return False
+    return len({tuple(each.names) for each in evaluations}) <= 1
 
 
 def evaluate(record: RunRecord, weights: str, fields: Sequence[str] = ()) -> Evaluation:

@@ -150,7 +150,7 @@ def pos_over_updates(quantity: Pos, record: RunRecord) -> Figure:
         x, y = _thin([step for step, _ in points], [value for _, value in points])
         axes.plot(x, y, color=colour, marker="." if len(points) < 30 else None, label=layer_name(layer))
     axes.set(xlabel="update", ylabel=quantity.label)
-    legend(axes, 4)
+    legend(axes, 3)
     return figure
 
 
@@ -223,10 +223,13 @@ def _thin(x: list, y: list) -> tuple[list, list]:
 
 def shorten(name: str) -> str:
     """A run's name as a legend shows it: of a long one the end, which is what tells runs apart."""
-    name = "".join(letter if letter.isprintable() else "?" for letter in name)
-    name = name if len(name) <= NAME else "…" + name[1 - NAME :]
-    # For matplotlib dollars enclose formulas, and what begins with an underscore is not shown.
-    return ("\u200b" if name.startswith("_") else "") + name.replace("$", r"\$")
+    name = plain(name if len(name) <= NAME else "…" + name[1 - NAME :])
+    return "\u200b" + name if name.startswith("_") else name  # matplotlib leaves out what begins with an underscore
+
+
+def plain(text: str) -> str:
+    """Text that matplotlib draws as it is: dollars would enclose a formula, and control characters end an SVG."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text).replace("$", r"\$")
 
 
 def counts_images(records: list[RunRecord]) -> bool:

@@ -12,10 +12,13 @@ class Table(NamedTuple):
     rows: list[tuple]
 
     def markdown(self) -> str:
-        """The table in GitHub's Markdown; what would be markup in a cell is escaped."""
-        lines = [" | ".join(map(escape, row)) for row in (self.header, *self.rows)]
-        lines.insert(1, " | ".join(["---"] * len(self.header)))
-        return "\n".join(f"| {line} |" for line in lines)
+        """The table in GitHub's Markdown; what would be markup in a cell is shown as it is."""
+        return table(tuple(map(escape, self.header)), [tuple(map(escape, row)) for row in self.rows])
+
+
+def table(header: tuple, rows: list[tuple]) -> str:
+    """A Markdown table of cells that are Markdown themselves."""
+    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in [header, ("---",) * len(header), *rows])
 
 
 def escape(value: Any) -> str:

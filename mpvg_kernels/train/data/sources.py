@@ -135,6 +135,10 @@ def open_folder(path: Path, class_names: list[str] | None = None) -> Split:
     """
     if not path.exists():
         raise InputError(f"{path} does not exist, expected a folder with a folder of images for each class")
+    inside = {entry.name for entry in os.scandir(path) if entry.is_dir()} if path.is_dir() else set()
+    if all(inside & set(names) for names in SPLITS.values()) and not inside & set(class_names or ()):
+        # Classes deeper down are found, so that all splits would be taken for one.
+        raise InputError(f"{path} has the splits {_some(sorted(inside))} in it, expected one of them")
     images = _read_folder(path)
     found = _class_names(images)
     if class_names is None or found == class_names:
