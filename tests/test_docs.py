@@ -203,5 +203,5 @@ def test_links(page):
         assert linked.exists() and linked.is_relative_to(ROOT), f"{page.name} links {target}"
         if anchor:
             assert anchor in anchors(linked), f"{page.name} links {target}"
-    if page.parent.name == "docs":
+    if page.parent == ROOT / "docs":
         assert f"(docs/{page.name})" in README.read_text()
