@@ -19,6 +19,7 @@ that it names, pytest by its paths, marks and words, git by its subcommand. A co
 import functools
 import hashlib
 import importlib.util
+import multiprocessing
 import os
 import re
 import shlex
@@ -503,7 +504,9 @@ def stay_offline() -> None:
     torchvision.datasets.CIFAR100._check_integrity = lambda self: True
     torchvision.datasets.cifar.check_integrity = lambda *args: True
     torch.compile = lambda model, *args, **kwargs: model
-    # The benchmarks are programs of their own, which would import everything again.
+    # A study's runs are processes of their own, and so are benchmarks: neither is to import everything again.
+    get_context = multiprocessing.get_context
+    multiprocessing.get_context = lambda method=None: get_context("fork" if method == "forkserver" else method)
     subprocess.call = run_here
 
 
