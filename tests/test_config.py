@@ -23,7 +23,7 @@ def test_fields_from_the_command_line():
     [
         ("--model.dpeth 3", "unknown config field 'model.dpeth'; did you mean 'model.depth'"),
         ("--lr 1", "unknown config field 'lr'; did you mean 'optim.lr'"),
-        ("--qqq 1", "unknown config field 'qqq'; --print-config lists them all"),
+        ("--qqq 1", "unknown config field 'qqq'; `mpvg train --recipe NAME --print-config` lists them all"),
         ("--model.depth x", "--model.depth"),
         ("--amp fp8", "'--amp'. Expected one of"),
         ("--seed", "Missing value for argument '--seed'"),

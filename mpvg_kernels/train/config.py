@@ -8,7 +8,7 @@ the field; what is set and has no effect is told by `ignored`.
 import contextlib
 import dataclasses
 import io
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
 from . import InputError, near_matches
@@ -456,21 +456,24 @@ def ignored(config: Config) -> list[str]:
     ]
 
 
-def check_names(names: list[str]) -> None:
-    """Raise InputError for the first dotted name that is no field of `Config`."""
+def check_names(names: list[str], options: Iterable[str] = ()) -> None:
+    """Raise InputError for the first dotted name that is no field of `Config`; `options` are near misses too."""
     known = field_names()
+    suffix = "; `mpvg train --recipe NAME --print-config` lists them all"
     for name in names:
         if name not in known:
+            if close := near_matches(name.replace("_", "-"), options):
+                raise InputError(f"unknown option or config field {name!r}{close}")
             # `lr` alone means `optim.lr`
             close = next((f"; did you mean {k!r}?" for k in known if k.endswith(f".{name}")), near_matches(name, known))
-            raise InputError(f"unknown config field {name!r}{close or '; --print-config lists them all'}")
+            raise InputError(f"unknown config field {name!r}{close or suffix}")
 
 
-def check_options(args: list[str]) -> None:
-    """Raise InputError for the first option of a command line that names no field."""
+def check_options(args: list[str], own: Iterable[str] = ()) -> None:
+    """Raise InputError for the first option of a command line that names no field; `own` are the command's options."""
     # Ours and not tyro's check, for its one sentence; a single dash may start a negative number.
     options = [arg[2:].partition("=")[0] for arg in args if arg.startswith("--") and arg != "--help"]
-    check_names([option.replace("-", "_") for option in options])
+    check_names([option.replace("-", "_") for option in options], own)
 
 
 def from_args(default: Config, args: list[str], prog: str = "mpvg train --recipe NAME") -> Config:
