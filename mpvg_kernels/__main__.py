@@ -1,4 +1,4 @@
-"""The `mpvg` command: train, eval, export, recipes, info, bench, demo.
+"""The `mpvg` command: train, eval, predict, analyze, report, export, study, recipes, info, bench, demo.
 
 Exit codes: 0 ok, 1 failure, 2 usage or bad input, 75 training saved on a signal, 130 interrupted. What a command needs
 is imported by that command alone, so that `mpvg info` works without the extras.
@@ -17,7 +17,7 @@ from .train import InputError, Stopped, TrainingError, near_matches
 from .train.signals import EXIT_SAVED
 
 # The extra that brings a package, for a message in place of an ImportError.
-EXTRAS = dict.fromkeys(("tyro", "sklearn", "matplotlib"), "train")
+EXTRAS = dict.fromkeys(("tyro", "sklearn", "scipy", "matplotlib"), "train")
 EXTRAS |= dict.fromkeys(("onnx", "onnxscript", "onnxruntime"), "export")
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
@@ -76,23 +76,70 @@ def evaluate(args: argparse.Namespace, fields: list[str]) -> int:
     from .train import config
 
     config.check_options(fields)  # before what takes seconds to import
-    from .train import loop
+    if args.folder is not None and args.split is not None:
+        raise InputError("--split and --folder are both given: give one of them")
+    if args.batch_sizes and not args.latency:
+        raise InputError("--batch-sizes are those of --latency, which is not given: add it")
+    from .tools import evaluate
 
-    result = loop.evaluate_run(args.folder, args.weights, fields)
-    figures = f"accuracy {result['acc']:.2f} %, loss {result['loss']:.4f}, {result['images']} images"
-    print(f"{args.folder} ({args.weights}): {figures}")
+    result = evaluate.evaluate_run(
+        args.run_folder,
+        args.weights,
+        fields,
+        split=args.split or "validation",
+        folder=args.folder,
+        batch=args.batch,
+        out=args.out,
+        batch_sizes=(args.batch_sizes or (1, 8, 64)) if args.latency else (),
+        progress=True,
+    )
+    if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
+        print(evaluate.describe(result))
+        write_result(args.json, result)
+    return 0
+
+
+def predict(args: argparse.Namespace, _: list[str]) -> int:
+    from .tools import predict
+
+    options = {name: getattr(args, name) for name in ("top", "format", "out", "batch", "device")}
+    return predict.predict_files(args.model, args.paths, args.weights, **options)
+
+
+def analyze(args: argparse.Namespace, fields: list[str]) -> int:
+    from .train import config
+
+    config.check_options(fields)  # before what takes seconds to import
+    if args.folder is not None and args.split is not None:
+        raise InputError("--split and --folder are both given: give one of them")
+    if args.images < 1:
+        raise InputError(f"--images {args.images}: expected 1 or more")
+    from .tools import analyze
+
+    split = args.split or "validation"
+    options = {"split": split, "folder": args.folder, "images": args.images, "out": args.out}
+    result = analyze.analyze_run(args.run_folder, args.weights, fields, **options)
+    analyze.warn(result)
+    print(analyze.describe(result))
     write_result(args.json, result)
     return 0
 
 
+def at_least_1(text: str) -> int:
+    """A number from 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1")
+    return int(text)
+
+
 def write_result(path: Path | None, result: dict) -> None:
     """Write what a command found as JSON, where it was asked for."""
-    from .train import checkpoint
+    from .train import checkpoint, run_folder
 
     if path is None:
         return
     try:
-        checkpoint.write_json(path, result)
+        checkpoint.write_json(path, run_folder.finite(result))
     except OSError as error:
         raise InputError(f"{path} can't be written ({error.strerror})") from None
 
@@ -100,14 +147,28 @@ def write_result(path: Path | None, result: dict) -> None:
 def export(args: argparse.Namespace, _: list[str]) -> int:
     from .tools import export
 
-    options = {name: getattr(args, name) for name in ("weights", "scheme", "img_size", "batch", "kernels")}
+    names = ("weights", "scheme", "img_size", "batch", "kernels", "opset", "device", "card", "fresh_check")
+    options = {name: getattr(args, name) for name in names}
     try:
         done = export.export(args.source, args.format, args.out, **options)
-    except export.ParityError as error:
+    except export.CheckError as error:
         print(f"mpvg: {error}", file=sys.stderr)
         return 1
     print(export.describe(done, args.format, args.batch))
-    write_result(args.json, done._asdict() | {"path": str(done.path), "allowed": export.TOLERANCES[args.format]})
+    paths = {"path": str(done.path), "card": str(done.card) if done.card else None}
+    write_result(args.json, done._asdict() | paths | {"allowed": export.TOLERANCES[args.format]})
+    return 0
+
+
+def report(args: argparse.Namespace, fields: list[str]) -> int:
+    from .train import config
+
+    config.check_options(fields)
+    from .tools import report
+
+    options = {"out": args.out, "images": args.images, "use_model": not args.no_model}
+    for path in report.report(args.folders, args.weights, fields, **options):
+        print(path)
     return 0
 
 
@@ -117,6 +178,18 @@ def image_size(text: str) -> tuple[int, int]:
     if not (all(side.isdecimal() for side in sides) and len(sides) in (1, 2)):
         raise argparse.ArgumentTypeError(f"{text!r} is not a size; expected pixels, 224, or height x width, 224x160")
     return int(sides[0]), int(sides[-1])
+
+
+def study(args: argparse.Namespace, fields: list[str]) -> int:
+    from .train import config
+
+    config.check_options(fields)  # before what takes seconds to import
+    from .tools import study
+
+    options = {name: getattr(args, name) for name in ("seeds", "out", "jobs")}
+    schemes = {"schemes": args.schemes} if args.schemes else {}
+    result = study.study(args.recipe, fields=fields, **options, **schemes)
+    return 1 if result["failed"] else 0
 
 
 def recipes(args: argparse.Namespace, _: list[str]) -> int:
@@ -182,22 +255,95 @@ def parser() -> Parser:
     sub = command(
         "eval",
         evaluate,
-        "evaluate a run's weights on the held-out images",
+        "evaluate a run's weights on any split or folder: accuracy, by class too, confusion, calibration, latency",
+        epilog="Fields of the run's config are options, for example --data.root DIR --device cpu.\n"
+        "Started by torchrun, the processes share the images out.",
+    )
+    sub.add_argument("run_folder", metavar="RUN", type=Path, help="run folder")
+    sub.add_argument("--weights", choices=("best", "last", "ema"), default="last", help="which weights (default: last)")
+    sub.add_argument("--split", metavar="NAME", help="train, validation (default), or a name that the data set has")
+    sub.add_argument("--folder", metavar="DIR", type=Path, help="in its place: a folder of images, a folder a class")
+    sub.add_argument("--batch", metavar="N", type=at_least_1, help="images at a time (default: as in training)")
+    sub.add_argument(
+        "--out", metavar="DIR", type=Path, help="where figures and pictures go (default: RUN/eval/WEIGHTS-SPLIT)"
+    )
+    sub.add_argument("--json", metavar="FILE", type=Path, help="write the result there as well")
+    sub.add_argument("--latency", action="store_true", help="measure latency and throughput by batch size too")
+    sub.add_argument("--batch-sizes", metavar="N", type=at_least_1, nargs="+", help="of --latency (default: 1 8 64)")
+    sub = command("predict", predict, "classify images with a run's model, or one in timm's format")
+    sub.add_argument("model", metavar="MODEL", type=Path, help="run folder, or a folder in timm's format (RUN/best)")
+    sub.add_argument("paths", metavar="PATH", nargs="+", help="image files, and folders, with what is deeper down")
+    sub.add_argument("--weights", choices=("best", "last", "ema"), help="which weights of a run (default: last)")
+    sub.add_argument("--top", metavar="K", type=at_least_1, default=5, help="classes of each image (default: 5)")
+    sub.add_argument("--format", choices=("table", "json", "csv"), default="table", help="default: table")
+    sub.add_argument("--out", metavar="FILE", type=Path, help="write there, not to the standard output")
+    sub.add_argument("--batch", metavar="N", type=at_least_1, default=32, help="images at a time (default: 32)")
+    sub.add_argument("--device", metavar="D", default="auto", help="auto (default), cpu, cuda, cuda:1, ...")
+    sub = command(
+        "analyze",
+        analyze,
+        "draw what the position embedding does in a run's model: the paper's figures, with their numbers",
         epilog="Fields of the run's config are options, for example --data.root DIR --device cpu.",
     )
-    sub.add_argument("folder", metavar="RUN", type=Path, help="run folder")
+    sub.add_argument("run_folder", metavar="RUN", type=Path, help="run folder")
     sub.add_argument("--weights", choices=("best", "last", "ema"), default="last", help="which weights (default: last)")
-    sub.add_argument("--json", metavar="FILE", type=Path, help="write the result there as well")
+    sub.add_argument("--split", metavar="NAME", help="train, validation (default), or a name that the data set has")
+    sub.add_argument("--folder", metavar="DIR", type=Path, help="images in place of a split, a folder for each class")
+    sub.add_argument("--images", metavar="N", type=int, default=64, help="how many, over the whole split (default: 64)")
+    sub.add_argument(
+        "--out",
+        metavar="DIR",
+        type=Path,
+        help="where pictures and analysis.json go (default: RUN/analysis/WEIGHTS-SPLIT)",
+    )
+    sub.add_argument("--json", metavar="FILE", type=Path, help="write the numbers there as well")
     sub = command("export", export, "write a run's model, or one of random weights, for other programs, and check it")
-    sub.add_argument("source", metavar="RUN_OR_MODEL", help="run folder, or a registered model's name (random weights)")
-    sub.add_argument("--format", choices=("onnx", "pt2", "safetensors"), required=True, help="what to write")
+    sub.add_argument(
+        "source",
+        metavar="SOURCE",
+        help="run folder, folder in timm's format (RUN/best), or model name (random weights)",
+    )
+    sub.add_argument("--format", choices=("onnx", "pt2", "aot", "safetensors"), required=True, help="what to write")
     sub.add_argument("--out", metavar="PATH", type=Path, help="file (safetensors: folder) to make (default: NAME here)")
     sub.add_argument("--weights", choices=("best", "last", "ema"), help="which weights of a run (default: last)")
     sub.add_argument("--scheme", metavar="SCHEME", help="position scheme of a model's name, for example mpvg(last=8)")
     sub.add_argument("--img-size", metavar="SIZE", type=image_size, help="image size, 224 or 224x160 (default: own)")
     sub.add_argument("--batch", metavar="N", type=int, help="fix the number of images a call (default: any number)")
-    sub.add_argument("--kernels", action="store_true", help="pt2: keep the fused operators (needs this package)")
-    sub.add_argument("--json", metavar="FILE", type=Path, help="write path and difference there as well")
+    sub.add_argument("--kernels", action="store_true", help="pt2, aot: keep the fused operators (needs this package)")
+    sub.add_argument("--opset", metavar="N", type=int, help="onnx: operator set (default: PyTorch's)")
+    sub.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="aot: what it is compiled for")
+    sub.add_argument("--no-card", dest="card", action="store_false", help="write no model card beside the model")
+    sub.add_argument(
+        "--no-fresh-check", dest="fresh_check", action="store_false", help="do not load it in a fresh process as well"
+    )
+    sub.add_argument("--json", metavar="FILE", type=Path, help="write path, card and difference there as well")
+    sub = command(
+        "report",
+        report,
+        "write curves, tables and sample predictions of a run, or of several, as one HTML file and as Markdown",
+        epilog="Fields of the run's config are options behind the runs, for example --data.root DIR --device cpu.",
+    )
+    sub.add_argument("folders", metavar="RUN", type=Path, nargs="+", help="run folder; several are compared")
+    sub.add_argument("--weights", choices=("best", "last", "ema"), default="last", help="which weights (default: last)")
+    sub.add_argument(
+        "--out", metavar="FILE.html", type=Path, help="default: RUN/report.html; of several runs comparison.html beside"
+    )
+    sub.add_argument("--images", metavar="N", type=int, default=24, help="sample images to show (default: 24)")
+    sub.add_argument("--no-model", action="store_true", help="read the logs alone: no predictions, nothing evaluated")
+    sub = command(
+        "study",
+        study,
+        "train every position scheme with several seeds, and say what the differences are worth",
+        epilog="Any field of the config is an option, for example --epochs 8, and applies to all runs.\n"
+        "Stopped or killed, the same command goes on.",
+    )
+    sub.add_argument("recipe", metavar="RECIPE", help="what to train; `mpvg recipes` lists them")
+    sub.add_argument("--seeds", metavar="N", type=int, default=5, help="runs of each scheme (default: 5)")
+    sub.add_argument("--schemes", metavar="S", nargs="+", help="position schemes (default: the paper's, and Table 6's)")
+    sub.add_argument("--out", metavar="DIR", type=Path, help="the study's folder (default: runs/study-RECIPE)")
+    sub.add_argument(
+        "--jobs", metavar="N", type=int, help="runs at once (default: what the CPU cores allow; one on a GPU)"
+    )
     command("recipes", recipes, "list the recipes")
     command("info", info, "print which backends there are, which are not and why")
     sub = command("bench", bench, "run a benchmark of the repository; what follows its name goes to it")
@@ -230,7 +376,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line `argv` (default: the process's own); returns the exit code."""
     try:
         args, rest = parser().parse_known_args(argv)
-        if rest and args.run not in (train, evaluate):
+        if rest and args.run not in (train, evaluate, analyze, report, study):
             raise InputError(f"mpvg {args.command} does not take {' '.join(rest)!r}; see `mpvg {args.command} --help`")
         with log_shown():
             return args.run(args, rest)

@@ -20,7 +20,8 @@ from .train.checkpoint import RunFolder
 from .train.config import Config
 from .train.loop import Trainer, cpu_threads, train
 from .train.metrics import read_log
-from .train.report import table, write_report
+from .train.report import write_report
+from .train.table import table
 
 MIN_ACCURACY = 97.5  # percent, after the last epoch; the recipe's seeds lie above
 MAX_LOSS_DIFFERENCE = 1e-5  # relative, over the first updates

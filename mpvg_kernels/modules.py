@@ -56,6 +56,7 @@ class _FusedNorm(nn.Module):
             text += f", num_prefix_tokens={self.num_prefix_tokens}"
         return text
 
+    # Every norm that may have a PE does its work through this, so that analysis/probe.py can look on.
     def _call(self, operator, x, pos=None, branch=None, branch_scale=None, normed_pos=None):
         if pos is None and normed_pos is None and self.pos_weight is not None:
             raise ValueError(f"{type(self).__name__} needs pos, the position embedding (N, D), and got None")

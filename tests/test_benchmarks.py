@@ -16,6 +16,7 @@ BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import bench_dual_ln  # noqa: E402
+import bench_eval  # noqa: E402
 import bench_memory  # noqa: E402
 import bench_norm_pool  # noqa: E402
 import bench_overhead  # noqa: E402
@@ -446,6 +447,24 @@ def test_a_save_that_fails_is_said_so(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bench_trainer.Checkpoints, "save", refuse)
     assert bench_trainer.main(["--quick", "--only", "checkpoint", "--folder", str(tmp_path)]) == 1
     assert "failed: the disk is full" in capsys.readouterr().out
+
+
+def test_evaluation_against_timms_loop(tmp_path, monkeypatch, capsys):
+    """Both find the same accuracy and loss, and a loop that does not is said to be wrong."""
+    report = tmp_path / "rows.json"
+    args = ["--quick", "--folder", str(tmp_path), "--json", str(report)]
+    assert bench_eval.main([*args, "--only", "digits", "jpeg64"]) == 0
+    rows = json.loads(report.read_text())["rows"]
+    assert [row["case"].split(", ")[:2] for row in rows] == [
+        ["digits", "0 workers"],
+        ["jpeg64", "0 workers"],
+        ["jpeg64", "1 workers"],
+    ]
+    assert all(row["status"] == "ok" and row["vs_timm"] > 0 and row["wall_vs_timm"] > 0 for row in rows)
+    assert list(tmp_path.iterdir()) == [report]
+    monkeypatch.setattr(bench_eval.OurLoop, "__call__", lambda self: setattr(self, "result", (0.0, 0.0)))
+    assert bench_eval.main([*args, "--only", "digits"]) == 1
+    assert "the plain loop's are" in capsys.readouterr().out
 
 
 # ---- peers

@@ -389,15 +389,15 @@ def test_spoilt_run_folder(copy, capsys, spoil, message):
     assert message in fails(capsys, "eval", copy)
 
 
-def test_json_that_cannot_be_written(run, tmp_path, capsys):
-    assert cli.main(["eval", str(run[0]), "--json", str(tmp_path / "no" / "r.json")]) == 2
+def test_json_that_cannot_be_written(copy, tmp_path, capsys):
+    assert cli.main(["eval", str(copy), "--json", str(tmp_path / "no" / "r.json")]) == 2
     assert "r.json can't be written (No such file or directory)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("missing", ["tyro", "sklearn.datasets", "matplotlib.figure"])
 def test_missing_extra(tmp_path, monkeypatch, capsys, missing):
     monkeypatch.setitem(sys.modules, missing, None)  # so that importing it fails
-    for name in ("loop", "metrics", "report"):
+    for name in ("loop", "curves", "report"):
         monkeypatch.delitem(sys.modules, f"mpvg_kernels.train.{name}", raising=False)
         monkeypatch.delattr(mk.train, name, raising=False)
     message = fails(capsys, "train", "--recipe", "digits", "--out", tmp_path / "run", *FAST_ARGS)

@@ -114,6 +114,20 @@ def test_run_log(tmp_path, capsys):
     assert (tmp_path / "metrics.csv").read_text().splitlines()[2] == "1,2,0.1,1.0,1.0,,,,,1.0,0,2,10.0"
 
 
+def test_looks_at_the_position_embedding(tmp_path, monkeypatch):
+    row = {"epoch": 1, "step": 4, "layers": [1, "last"], "pos_norm": [9.5, 8.0], "correlation": [-0.5, None]}
+    with RunLog(tmp_path, 10) as log:
+        sent = []
+        monkeypatch.setattr(
+            log, "_wandb", type("Wandb", (), {"log": lambda _, numbers, step: sent.append((numbers, step))})()
+        )
+        log.pos(row)
+        monkeypatch.setattr(log, "_wandb", None)
+    (line,) = read_log(tmp_path, "pos")
+    assert {key: line[key] for key in row} == row
+    assert sent == [({"pos/pos_norm/1": 9.5, "pos/pos_norm/last": 8.0}, 4), ({"pos/correlation/1": -0.5}, 4)]
+
+
 def test_lines_a_minute_where_there_is_no_terminal(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(metrics, "PLAIN_INTERVAL_S", 0.0)
     with RunLog(tmp_path, 10) as log:
@@ -207,3 +221,33 @@ def test_bar_needs_a_terminal_with_a_size(tmp_path, monkeypatch, capsys, lines):
             log.epoch(EPOCH, True)
     os.close(ours)
     assert ("epoch   1" in capsys.readouterr().out) == (lines == 0)
+
+
+def test_the_log_is_strict_json(tmp_path):
+    """A number that is not finite is null, so that any program can read the file."""
+    with RunLog(tmp_path, 4) as log:
+        log.train(TRAIN | {"loss": math.nan, "acc": math.inf})
+        log.write("pos", {"step": 1, "pos_norm": [1.0, -math.inf], "nested": {"x": math.nan}})
+
+    def refuse(name):
+        raise AssertionError(f"{name} is not JSON")
+
+    lines = [json.loads(line, parse_constant=refuse) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert lines[0]["loss"] is None and lines[0]["acc"] is None and lines[0]["lr"] == 0.1
+    assert lines[1]["pos_norm"] == [1.0, None] and lines[1]["nested"] == {"x": None}
+
+
+def test_lines_that_cannot_be_read_are_left_out(tmp_path):
+    assert read_log(tmp_path, "train") == []  # no log yet
+    lines = ["[1]", '{"step": 1}', '{"kind": "train", "loss": NaN}', "", "\x00", '{"kind": "train", "step": 2}']
+    (tmp_path / "log.jsonl").write_bytes("\n".join(lines).encode() + b"\xff\n" + b'{"kind": "train", "step": 3}')
+    assert read_log(tmp_path, "train") == [{"kind": "train", "loss": None}, {"kind": "train", "step": 3}]
+    assert metrics.parse_lines(tmp_path / "log.jsonl")[1] == 4
+
+
+def test_a_loss_that_is_not_finite_is_no_spike_and_not_remembered():
+    spikes = Spikes()
+    assert not any(spikes(1.0) for _ in range(20))
+    before = dict(vars(spikes))
+    assert not any(spikes(loss) for loss in (None, math.nan, math.inf)) and vars(spikes) == before
+    assert spikes(2.0)

@@ -22,7 +22,7 @@ ARGS = """--recipe digits --device cpu --model.patch_size 8 --model.embed_dim 24
 --model.drop_path_rate 0.2 --model.drop_rate 0.1 --data.name folder --data.img_size 24 24 --data.max_bad_share 0.1
 --aug.auto_augment rand-m9-mstd0.5-inc1 --aug.erase_prob 0.25 --aug.mixup 0.8 --aug.cutmix 1.0 --aug.repeats 2
 --batch 8 --epochs 4 --sched.warmup_epochs 1 --optim.ema_decay 0.9 --optim.clip_grad 1.0 --loss.smoothing 0.1
---checkpoint.interval 3 --log.interval 2 --log.tensorboard False""".split()
+--checkpoint.interval 3 --log.interval 2 --log.pos_interval 5 --log.tensorboard False""".split()
 UPDATES, STEPS = 32, 8
 
 

@@ -8,6 +8,7 @@ from torch import nn
 
 import mpvg_kernels as mk
 from mpvg_kernels import demo
+from mpvg_kernels.analysis.diagnostics import pos_statistics
 from mpvg_kernels.train import InputError, TrainingError, config, loop
 from mpvg_kernels.train.checkpoint import Restored
 from mpvg_kernels.train.metrics import RunLog
@@ -89,6 +90,52 @@ def test_gradient_is_clipped():
     norm = float(free.window.sums[3])
     assert norm > 0.2 and float(clipped.window.sums[3]) == pytest.approx(norm, rel=1e-6)  # logged as it was
     assert float(moved[1]) == pytest.approx(float(moved[0]) * 0.1 / norm, rel=1e-2)
+
+
+def looks(**changes) -> tuple[list[int], loop.Trainer]:
+    """The updates of an epoch (22) after which the position embedding is looked at, and the trainer then."""
+    trainer, found = loop.Trainer(changed(sched__warmup_epochs=0, epochs=1, **changes)), []
+    for update in range(1, trainer.total + 1):
+        losses_of(trainer, 1)
+        if trainer.pos_statistics() is not None:
+            found.append(update)
+    return found, trainer
+
+
+def test_position_embedding_is_looked_at_by_the_number_of_the_update(monkeypatch):
+    assert looks(log__pos_interval=8)[0] == [1, 8, 16, 22]
+    called = []
+    monkeypatch.setattr(loop, "pos_statistics", lambda *_: called.append(0))
+    assert looks(log__pos_interval=None)[0] == looks(log__pos_interval=1, model__scheme="gap")[0] == []
+    assert called == []  # where there is nothing to see, nothing is computed
+
+
+def test_position_embedding_is_looked_at_without_a_trace(monkeypatch):
+    """The same weights and losses; on the first images of the first micro-batch, as they were before mixing."""
+    random = dict(model__drop_path_rate=0.5, aug__mixup=0.8, aug__erase_prob=1.0, dist__micro_batch=32)
+    seen = []
+
+    def look(model, x):
+        seen.append(x.clone())
+        assert model is trainer.model and torch.is_autocast_enabled("cpu") and x.shape == (16, 1, 8, 8)
+        return pos_statistics(model, x)
+
+    monkeypatch.setattr(loop, "pos_statistics", look)
+    results = []
+    for interval in (None, 1):
+        trainer = loop.Trainer(changed(amp="bf16", log__pos_interval=interval, **random))
+        modes = None
+        for _ in range(3):
+            results.append(losses_of(trainer, 1))
+            modes = [m.training for m in trainer.model.modules()]
+            trainer.pos_statistics()
+            assert [m.training for m in trainer.model.modules()] == modes
+        results.append(weights_of(trainer.model))
+    assert results[:3] == results[4:7]
+    assert all(torch.equal(value, results[7][key]) for key, value in results[3].items())
+    batches = trainer.data.train_batches(1, 0)
+    plain = [next(batches).x[:16] for _ in range(6)]
+    assert len(seen) == 3 and all(torch.equal(x, plain[2 * i]) for i, x in enumerate(seen))
 
 
 def test_average_of_the_weights():

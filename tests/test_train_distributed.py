@@ -18,7 +18,7 @@ pytestmark = pytest.mark.xdist_group(__name__)
 
 ARGS = """train --recipe digits --device cpu --model.patch_size 4 --model.embed_dim 32 --model.depth 2
 --model.num_heads 2 --batch 96 --epochs 2
---sched.warmup_epochs 1 --log.tensorboard False --resume auto --optim.ema_decay 0.9""".split()
+--sched.warmup_epochs 1 --log.tensorboard False --log.pos_interval 6 --resume auto --optim.ema_decay 0.9""".split()
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +47,16 @@ def assert_close(a, b, names=("last", "ema")) -> None:
             torch.testing.assert_close(found[key], expected[key], rtol=1e-3, atol=1e-4)
 
 
+def assert_pos_alike(a, b) -> None:
+    """Both runs looked at the PE after the same updates. Its norm is the same; each process has images of its own."""
+    found, expected = (metrics.read_log(folder, "pos") for folder in (a, b))
+    assert [row["step"] for row in found] == [row["step"] for row in expected] != []
+    for row, other in zip(found, expected, strict=True):
+        assert row["layers"] == other["layers"] == [1, "last"]
+        assert row["pos_norm"] == pytest.approx(other["pos_norm"], rel=1e-3)
+        assert row["correlation"] == pytest.approx(other["correlation"], abs=0.1)
+
+
 @pytest.fixture(scope="module")
 def alone(warm, tmp_path_factory):
     folder = tmp_path_factory.mktemp("alone") / "run"
@@ -63,10 +73,12 @@ def test_fsdp_learns_the_same_and_goes_on_as_ddp(warm, alone, tmp_path):
     text = run(warm, folder, "--optim.clip_grad", "100", processes=3)  # ddp
     assert "goes on from step-000000" in text
     assert_close(folder, alone)
+    assert_pos_alike(folder, alone)
     resumed = tmp_path / "fsdp"
     run(warm, resumed, "--dist.mode", "fsdp", processes=1, patch=stop, code=75)  # alone there is nothing to share out
     run(warm, resumed, "--dist.mode", "fsdp", processes=2)
     assert_close(resumed, alone)
+    assert_pos_alike(resumed, alone)
 
 
 @pytest.mark.parametrize("mode", ["ddp", "fsdp"])
@@ -108,6 +120,31 @@ def test_batch_norms_are_those_of_the_first_process(warm, tmp_path):
         file = tmp_path / f"{name}.json"
         assert warm.run(["eval", tmp_path / "run", "--weights", name, "--json", file], out) == 0, out.read_text()
         assert json.loads(file.read_text())["loss"] == pytest.approx(logged[f"{kind}_loss"], rel=1e-5)
+
+
+def test_processes_share_what_is_evaluated(warm, alone, tmp_path):
+    """Five images, one of which can't be read: the processes find what one finds, and the first one says it."""
+    from PIL import Image
+
+    for i in range(5):
+        (folder := tmp_path / "images" / str(i % 3)).mkdir(parents=True, exist_ok=True)
+        Image.new("L", (8, 8), i * 60).save(folder / f"{i}.png")
+    (tmp_path / "images" / "1" / "4.png").write_text("not an image")
+    found = {}
+    for processes in (1, 2):
+        out = tmp_path / f"{processes}.txt"
+        args = ["eval", alone, "--folder", tmp_path / "images", "--out", tmp_path / str(processes), "--device", "cpu"]
+        assert warm.run([*args, "--batch", "2"], out, processes=processes) == 0, out.read_text()
+        assert out.read_text().count("4 images") == out.read_text().count("written") == 1
+        found[processes] = json.loads((tmp_path / str(processes) / "result.json").read_text())
+    assert found[2]["images"] == 4 and [each["reason"] for each in found[2]["bad"]] == ["not an image"]
+    for key in ("loss", "ece", "confidence"):
+        assert found[2].pop(key) == pytest.approx(found[1].pop(key), rel=1e-5)
+    del found[1]["calibration"], found[2]["calibration"]
+    assert found[1] == found[2]
+    args = ["eval", alone, "--folder", tmp_path / "images" / "1", "--device", "cpu"]
+    assert warm.run(args, tmp_path / "bad.txt", processes=2) == 2
+    assert (tmp_path / "bad.txt").read_text().count("has images outside of class folders") == 1
 
 
 def test_an_error_is_said_once(warm, alone, tmp_path):

@@ -1,9 +1,9 @@
-"""Trains the library's models: `mpvg train`, `mpvg eval`, `mpvg recipes`.
+"""Trains the library's models: `mpvg train`, `mpvg recipes`; tools/ has what is done with a run afterwards.
 
 One file a concern: config (what can be set), recipes/ (values that work), data/ (images and their order), model, optim
 and losses (what is trained, how, and on what), loop (the training itself), distributed (many processes), signals,
-run_folder (the folder and the weights in it), checkpoint (what a run goes on from), metrics (logs and progress), report
-(report.md).
+run_folder (the folder and the weights in it), checkpoint (what a run goes on from), metrics (logs and progress), record
+(what a run's folder tells), curves (pictures and tables of the log), table (Markdown), report (report.md).
 This file imports nothing heavy, so that the command line can name a missing extra instead of failing on it.
 """
 

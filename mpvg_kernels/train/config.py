@@ -250,8 +250,8 @@ class Log:
     interval: int = 10
     """Updates between two lines of log.jsonl."""
     pos_interval: int | None = 100
-    """Updates between two looks at the position embedding: norm of LN'_l(pos) and its correlation with LN_l(x) in each
-    layer, lines of kind `pos` in log.jsonl; None never looks."""
+    """Updates between two looks at the position embedding, besides those after the first and the last update: norm of
+    LN'_l(pos) and its correlation with LN_l(x) in each layer, lines of kind `pos` in log.jsonl; None never looks."""
     tensorboard: bool | None = None
     """Write TensorBoard's files into the run folder; None does where tensorboard is installed."""
     wandb: str | None = None
@@ -404,9 +404,8 @@ def field_names() -> list[str]:
     return [name for name, _ in fields()]
 
 
-def ignored(config: Config) -> list[str]:
-    """Sentences on fields that are set, and have no effect together with the others."""
-    default = Config()
+def without_effect(config: Config) -> dict[str, str]:
+    """The fields that have no effect together with the others, each with the reason."""
     digits, mixing = config.data.name == "digits", bool(config.aug.mixup or config.aug.cutmix)
     cases = [
         # (no effect when, because, the fields)
@@ -436,11 +435,15 @@ def ignored(config: Config) -> list[str]:
         ),
         (config.loss.distillation == "hard", "loss.distillation is hard", ["loss.distill_tau"]),
     ]
+    return {name: reason for when, reason, names in cases if when for name in names}
+
+
+def ignored(config: Config) -> list[str]:
+    """Sentences on fields that are set, and have no effect together with the others."""
+    default = Config()
     return [
         f"config field {name} has no effect: {reason}"
-        for when, reason, names in cases
-        if when
-        for name in names
+        for name, reason in without_effect(config).items()
         if get(config, name) != get(default, name)
     ]
 

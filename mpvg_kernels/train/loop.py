@@ -4,7 +4,6 @@ What the command line calls:
 
     mpvg train --recipe digits --out runs/digits --resume auto
     torchrun --nproc-per-node 8 -m mpvg_kernels train --recipe deit_tiny_in1k --data.root /data/imagenet --resume auto
-    mpvg eval runs/digits
 
 A run's state is the weights, what the optimizer remembers, and two integers, the epoch and the update in it. Every
 random number is a function of the seed and of these: the images' order and augmentation (data/), and what an update
@@ -13,7 +12,6 @@ goes on is bitwise the one that was not.
 """
 
 import contextlib
-import dataclasses
 import math
 import os
 import shutil
@@ -29,6 +27,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from .. import backends
+from ..analysis.diagnostics import has_pos_norms, pos_statistics
 from . import InputError, Stopped, TrainingError, distributed
 from .checkpoint import LOGS, Checkpoints, Restored, Snapshot
 from .config import Config, get, ignored, to_dict
@@ -38,7 +37,7 @@ from .distributed import Agreement, World, pick_device, together
 from .guards import SkippedUpdates
 from .losses import Distillation, create_loss
 from .metrics import Meter, RunLog, Spikes, check_installed, memory_mb, peak_tflops, read_log
-from .model import create_model, train_mode
+from .model import autocast, create_model, train_mode
 from .optim import create_optimizer, create_schedule, describe
 from .report import write_report
 from .run_folder import WEIGHTS, RunFolder, machine, print_warning, reason, show
@@ -46,6 +45,8 @@ from .signals import Signals
 
 UPDATE = 1
 """Marks the keys of what an update draws, apart from those of the data."""
+POS_IMAGES = 16
+"""Images of a process with which the position embedding is looked at while training."""
 # What may be another in a resumed run: where and how it computes, not what. (Prefixes of field names.)
 MAY_CHANGE = ("device", "threads", "compile", "deterministic", "profile", "dist.", "checkpoint.", "log.")
 MAY_CHANGE += ("data.root", "data.download", "data.workers", "data.max_bad_share")
@@ -111,6 +112,7 @@ class Trainer:
         self.ema = (
             ModelEmaV3(self.model, ema.ema_decay, use_warmup=ema.ema_warmup) if ema.ema_decay is not None else None
         )
+        self.has_pos_norms, self.pos_images = has_pos_norms(self.model), None
         self.flops = self._count_flops()
         forward = self._distribute()
         self.forward = torch.compile(forward) if config.compile else forward
@@ -163,8 +165,7 @@ class Trainer:
         return max(group["lr"] for group in self.optimizer.param_groups)
 
     def autocast(self) -> torch.autocast:
-        dtype = torch.float16 if self.config.amp == "fp16" else torch.bfloat16
-        return torch.autocast(self.device.type, dtype, enabled=self.config.amp != "none")
+        return autocast(self.config.amp, self.device)
 
     def _next(self, batches: Iterator[Batch]) -> Batch:
         start = time.perf_counter()
@@ -178,6 +179,8 @@ class Trainer:
         parts, sums = self.data.accumulation, []
         for part in range(parts):
             x, y = self._next(batches)
+            if part == 0 and self._looks_at_pos(self.updates + 1):
+                self.pos_images = x[:POS_IMAGES].clone()  # augmentation changes batches in place
             seed_everything(self.config.seed, UPDATE, self.updates, self.world.rank, part)
             x, target = self.augment(x, y)
             with distributed.gradients_stay(self._wrapped, part + 1 < parts):
@@ -235,6 +238,29 @@ class Trainer:
         self.optimizer.zero_grad()
         self.skipped.add(skipped, bad_loss, self.updates)
         return norm, skipped
+
+    def _looks_at_pos(self, update: int) -> bool:
+        """Whether the PE is looked at after this update (from 1): the first, every so many, the last."""
+        interval = self.config.log.pos_interval
+        if interval is None or not self.has_pos_norms:
+            return False
+        return update == 1 or update % interval == 0 or update == self.total
+
+    def pos_statistics(self) -> dict[str, list] | None:
+        """`analysis.diagnostics.pos_statistics` of the model as it is, means over the processes, if the last update
+        asked for it: on the first images of its first micro-batch, not mixed or erased. Every process has to ask.
+        """
+        images, self.pos_images = self.pos_images, None
+        if images is None:
+            return None
+        with self.autocast():
+            found = pos_statistics(self.model, images)
+        for key in ("pos_norm", "correlation") if self.world.size > 1 else ():
+            # A number that one process does not have is nan, and so is the mean.
+            mine = torch.tensor([math.nan if v is None else v for v in found[key]], dtype=torch.float64)
+            mean = (distributed.add_up(mine, self.world) / self.world.size).tolist()
+            found[key] = [value if math.isfinite(value) else None for value in mean]
+        return found
 
     def check(self) -> None:
         """Stop where too many updates in a row had to be skipped. Waits for the device.
@@ -402,6 +428,8 @@ class Run:
                 start, since, trainer.data_wait = time.perf_counter(), trainer.step, 0.0
             elif trainer.device.type == "cpu":  # nothing to wait for
                 trainer.check()
+            if (found := trainer.pos_statistics()) is not None:
+                self.log.pos({"epoch": trainer.epoch, "step": trainer.updates, **found})
             interval = config.checkpoint.interval
             if interval is not None and trainer.updates % interval == 0 and trainer.step < trainer.data.steps:
                 if trainer.data.ordered:  # a stream can be entered at its beginning only
@@ -597,12 +625,12 @@ def train(config: Config, out: Path | None, recipe: str, resume: str = "never") 
             return None
         # Not there if the log was removed, or the disk was full to the end.
         last = next((row for row in read_log(folder.path, "epoch") if row["step"] == trainer.updates), {})
-        figures = {name: last[name] for name in ("test_acc", "ema_acc") if name in last}
+        figures = {name: last[name] for name in ("test_acc", "ema_acc") if last.get(name) is not None}
         folder.set_status("finished", epoch=config.total_epochs, step=trainer.updates, **figures)
         if not figures:
             show(f"finished; {folder.path / 'log.jsonl'} has lost the accuracy, which `mpvg eval {folder.path}` finds")
             return folder
-        ema = f", EMA {last['ema_acc']:.2f} %" if "ema_acc" in last else ""
+        ema = f", EMA {figures['ema_acc']:.2f} %" if "ema_acc" in figures else ""
         show(
             f"test accuracy {last['test_acc']:.2f} %{ema} after {config.total_epochs} epochs, "
             f"{time.perf_counter() - start:.0f} s; report in {folder.path / 'report.md'}"
@@ -611,7 +639,7 @@ def train(config: Config, out: Path | None, recipe: str, resume: str = "never") 
 
 
 def _report(folder: RunFolder) -> None:
-    if not any("test_acc" in row for row in read_log(folder.path, "epoch")):
+    if not any(row.get("test_acc") is not None for row in read_log(folder.path, "epoch")):
         print_warning(f"{folder.path / 'log.jsonl'} has no evaluated epoch, so there is no report.md")
         return
     try:
@@ -715,7 +743,7 @@ def _copy_past(source: RunFolder, folder: RunFolder, restored: Restored) -> None
         for name in LOGS:
             if (source.path / name).exists():
                 shutil.copyfile(source.path / name, folder.path / name)
-        epochs = read_log(source.path, "epoch") if (source.path / "log.jsonl").exists() else []
+        epochs = read_log(source.path, "epoch")
         best = max((row.get("test_acc", -1.0) for row in epochs), default=-1.0)
         of_then = dict.fromkeys(WEIGHTS, all(row["step"] <= restored.step for row in epochs))
         of_then["best"] = best == restored.state["best"]
@@ -738,15 +766,20 @@ def run_of(path: Path) -> RunFolder:
 
 def check_same_run(folder: RunFolder, trainer: Trainer) -> None:
     """Raise InputError where the folder's run is not the one that `trainer` would go on with."""
+    check_same_config(folder, trainer.config)
+    check_classes(folder, trainer.data.class_names)
+
+
+def check_same_config(folder: RunFolder, config: Config) -> None:
+    """Raise InputError where the folder's run is of another config; what MAY_CHANGE names is not compared."""
     saved = folder.config()
     for name in config_fields():
-        before, now = get(saved, name), get(trainer.config, name)
+        before, now = get(saved, name), get(config, name)
         if before != now and not name.startswith(MAY_CHANGE):
             raise InputError(
                 f"{folder.path} holds a run with {name} {before!r}, and the config now says {now!r}: go on with the "
                 "same, or give a new run another folder with --out"
             )
-    check_classes(folder, trainer.data.class_names)
 
 
 def check_classes(folder: RunFolder, names: list[str] | None) -> None:
@@ -779,33 +812,3 @@ def _say(trainer: Trainer, folder: RunFolder, restored_from: Path | None) -> Non
         f"{describe(config, trainer.data.steps, world, trainer.optimizer)}\nrun folder {folder.path}"
         + (f", goes on from {restored_from.name}" if restored_from else ""),
     )
-
-
-def evaluate_run(path: Path, weights: str, fields: list[str] | None = None) -> dict[str, Any]:
-    """Evaluate a run's weights on the held-out images: accuracy (percent), loss, number of images.
-
-    Args:
-        path: run folder.
-        weights: best, last or ema.
-        fields: config fields that differ from the run's, as on the command line: ["--data.root", "/data"].
-
-    Raises:
-        InputError: `path` is not a run folder, or its weights are not there or of another model.
-    """
-    from .config import from_args
-
-    folder = RunFolder(path)
-    config = folder.config()
-    if fields:
-        config = from_args(config, fields, "mpvg eval RUN")
-    # What the run started from and its teacher may be gone by now; neither is needed.
-    config = dataclasses.replace(config, loss=dataclasses.replace(config.loss, distillation="none"))
-    trainer = Trainer(config, start=False)
-    try:
-        check_classes(folder, trainer.data.class_names)
-        folder.load(weights, trainer.model)
-        with cpu_threads(config.threads):
-            result = trainer.evaluate()
-    finally:
-        trainer.data.close()
-    return {"run": str(path), "weights": weights, **result}

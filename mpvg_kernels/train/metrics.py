@@ -1,4 +1,4 @@
-"""What a run measures and where it goes: log.jsonl, metrics.csv, the progress shown, TensorBoard, W&B, curves.png.
+"""What a run measures and where it goes: log.jsonl, metrics.csv, the progress shown, TensorBoard, W&B.
 
 A run that is cut off and resumed leaves the same lines as one that was not, the keys in TIMES aside: the logs are cut
 back to where the checkpoint was made (`RunLog.files`), and the sums of a half-filled interval are in it (`Meter`).
@@ -17,14 +17,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from matplotlib.figure import Figure  # needs no display and has no global state, unlike pyplot
 from torch import Tensor
 from tqdm import tqdm
 
 from . import InputError
 from .config import Log
 from .distributed import World
-from .run_folder import show
+from .run_folder import finite, show
 
 COLUMNS = ("epoch", "step", "lr", "train_loss", "train_acc", "test_loss", "test_acc", "ema_loss", "ema_acc")
 COLUMNS += ("grad_norm", "skipped", "bad_images", "img_s")
@@ -80,8 +79,10 @@ class Spikes:
     def __init__(self):
         self.mean, self.square, self.count = 0.0, 0.0, 0
 
-    def __call__(self, loss: float) -> bool:
-        """Whether `loss` is a spike; remembers it with a weight of a tenth."""
+    def __call__(self, loss: float | None) -> bool:
+        """Whether `loss` is a spike; remembers it with a weight of a tenth, but not one that is None or not finite."""
+        if loss is None or not math.isfinite(loss):
+            return False
         deviation = max(self.square - self.mean**2, 0.0) ** 0.5
         spike = self.count >= 10 and loss > self.mean + max(4 * deviation, 0.1 * abs(self.mean))
         weight = max(0.1, 1 / (self.count + 1))
@@ -217,9 +218,10 @@ class RunLog:
         return tuple(self._files.values())
 
     def write(self, kind: str, row: dict[str, Any]) -> None:
-        """Add a line to log.jsonl; `row` has what JSON has."""
+        """Add a line to log.jsonl; `row` has what JSON has. A number that is not finite is written as null."""
         if self._files:
-            self._files["log.jsonl"].write(json.dumps({"kind": kind, "time": round(time.time(), 3), **row}))
+            line = {"kind": kind, "time": round(time.time(), 3), **row}
+            self._files["log.jsonl"].write(json.dumps(finite(line), allow_nan=False))
 
     def say(self, text: str) -> None:
         """Print a line, above the bar where there is one."""
@@ -255,6 +257,13 @@ class RunLog:
             self.say(f"step {row['step']}/{self._total}  {shown}  lr {row['lr']:.1e}")
             self._last_plain = time.monotonic()
 
+    def pos(self, row: dict[str, Any]) -> None:
+        """Log a look at the position embedding; `row` has epoch, step, layers, pos_norm and correlation."""
+        self.write("pos", row)
+        for key in ("pos_norm", "correlation"):
+            by_layer = dict(zip(map(str, row["layers"]), row[key], strict=True))
+            self._numbers(by_layer | {"step": row["step"]}, f"pos/{key}")
+
     def epoch(self, row: dict[str, Any], best: bool) -> None:
         """Log an epoch with its evaluation; `row` has COLUMNS, those of what was not evaluated aside."""
         self.write("epoch", row)
@@ -284,27 +293,30 @@ class RunLog:
             self._wandb.finish()
 
 
+def parse_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The JSON objects of a file with one a line, and how many lines hold none.
+
+    A run that was killed may leave half a line, and a full disk more. A number that is not finite is None.
+    """
+    rows, bad = [], 0
+    lines = path.read_bytes().decode(errors="replace").split("\n")
+    for line in lines if lines[-1] else lines[:-1]:
+        try:
+            row = json.loads(line, parse_constant=lambda _: None)
+        except ValueError:
+            row = None
+        if isinstance(row, dict):
+            rows.append(row)
+        else:
+            bad += 1
+    return rows, bad
+
+
 def read_log(folder: Path, kind: str) -> list[dict[str, Any]]:
-    """The lines of log.jsonl of one kind: `train`, `epoch`, `bad_image`, `skipped`, `spike`."""
-    lines = (folder / "log.jsonl").read_text().splitlines(keepends=True)
-    rows = (json.loads(line) for line in lines if line.endswith("\n"))  # a run that was killed may leave half a line
-    return [row for row in rows if row["kind"] == kind]
+    """The lines of log.jsonl of one kind: `train`, `epoch`, `pos`, `bad_image`, `skipped`, `spike`.
 
-
-def plot_curves(folder: Path) -> None:
-    """Draw curves.png: loss and accuracy over the updates, training and held-out."""
-    train, epochs = read_log(folder, "train"), [r for r in read_log(folder, "epoch") if "test_acc" in r]
-    figure = Figure((10, 3.6), layout="constrained")
-    for axes, key, label in zip(figure.subplots(1, 2), ("loss", "acc"), ("loss", "accuracy (%)"), strict=True):
-        x, y = [r["step"] for r in train], [r[key] for r in train]
-        axes.plot(x, y, lw=0.8, color="0.6", label="training batches (augmented)")
-        for name, colour, what in (("test", "C0", "held-out images"), ("ema", "C1", "held-out images, EMA")):
-            points = [(r["step"], r[f"{name}_{key}"]) for r in epochs if f"{name}_{key}" in r]
-            if points:
-                axes.plot(*zip(*points, strict=True), marker=".", color=colour, label=what)
-        axes.set(xlabel="update", ylabel=label)
-        axes.grid(alpha=0.3)
-        axes.legend(frameon=False)
-    figure.axes[0].set_yscale("log")
-    figure.axes[1].set_ylim(max(0, min(r["test_acc"] for r in epochs[len(epochs) // 4 :]) - 10), 100.5)
-    figure.savefig(folder / "curves.png", dpi=120)
+    None where there is no log. What can't be read is left out; a number that was not finite is None.
+    """
+    path = folder / "log.jsonl"
+    rows = parse_lines(path)[0] if path.exists() else []
+    return [row for row in rows if row.get("kind") == kind]

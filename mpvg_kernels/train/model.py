@@ -71,6 +71,11 @@ def create_model(config: Config, data: Any, *, start: bool = True) -> nn.Module:
     return model.to(memory_format=torch.channels_last) if fields.channels_last else model
 
 
+def autocast(amp: str, device: torch.device) -> torch.autocast:
+    """The context in which a config's `amp` (none, bf16 or fp16) is in effect."""
+    return torch.autocast(device.type, torch.float16 if amp == "fp16" else torch.bfloat16, enabled=amp != "none")
+
+
 def _check_start(config: Config) -> None:
     """A backbone that hardly trains, or not at all, needs weights to start from."""
     if config.model.weights or config.model.pretrained:

@@ -14,6 +14,7 @@ Every file is written beside its place and renamed into it, so that a reader nev
 import contextlib
 import errno
 import json
+import math
 import os
 import re
 import shutil
@@ -61,6 +62,15 @@ def sync(path: Path) -> None:
 def _replace(tmp: Path, path: Path) -> None:
     sync(tmp)
     os.replace(tmp, path)
+
+
+def finite(value: Any) -> Any:
+    """The value, nested or not, with None in the place of numbers that are not finite: JSON has no word for them."""
+    if isinstance(value, dict):
+        return {key: finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -139,7 +149,7 @@ class RunFolder:
             if path.is_dir() and not {file.name for file in path.iterdir()} <= ours:
                 raise InputError(taken)
             path.mkdir(parents=True, exist_ok=True)
-            lock_file = _lock(path)
+            lock_file = lock_folder(path)
             if (path / "run.json").exists():  # another process made the run in between, and has ended
                 raise InputError(taken)
             write_json(path / "run.json", info)
@@ -162,7 +172,7 @@ class RunFolder:
         """
         if self._lock_file is None:
             try:
-                self._lock_file = _lock(self.path)
+                self._lock_file = lock_folder(self.path)
             except OSError as error:
                 raise InputError(f"{self.path} can't be written ({error.strerror})") from None
 
@@ -180,7 +190,7 @@ class RunFolder:
         """
         status = {"state": state, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **more}
         try:
-            write_json(self.path / "status.json", status)
+            write_json(self.path / "status.json", finite(status))
         except OSError as error:
             self.warn(f"{self.path / 'status.json'} could not be written ({reason(error)}); training goes on")
             return False
@@ -246,15 +256,8 @@ class RunFolder:
         Raises:
             InputError: they are not there, can't be read, or belong to another model.
         """
-        folder = self.path / name
-        if not (folder / "model.safetensors").exists():
-            raise InputError(f"{folder} holds no weights: the run has not saved its {name} weights")
-        try:
-            model = timm.create_model(f"local-dir:{folder.absolute()}", pretrained=False)
-        except (OSError, KeyError, RuntimeError, TypeError, ValueError) as error:
-            raise InputError(f"{folder / 'config.json'} is not a model's config of `mpvg train` ({error})") from None
-        self.load(name, model)
-        return model.eval()
+        self._require(name)
+        return open_model(self.path / name)
 
     def load(self, name: str, model: nn.Module) -> None:
         """Load the weights `name` (one of WEIGHTS) into `model`.
@@ -262,42 +265,73 @@ class RunFolder:
         Raises:
             InputError: they are not there, can't be read, or belong to another model.
         """
+        self._require(name)
+        _load(self.path / name / "model.safetensors", model, "run.json")
+
+    def _require(self, name: str) -> None:
         path = self.path / name / "model.safetensors"
         if not path.exists():
             raise InputError(f"{path} does not exist: the run has not saved its {name} weights")
-        try:
-            found = read_checkpoint(path)
-        except ValueError as error:
-            raise InputError(str(error)) from None
-        expected = model.state_dict()
-        both = found.keys() & expected.keys()
-        wrong = [
-            ("missing", sorted(expected.keys() - found.keys())),
-            ("not in the model", sorted(found.keys() - expected.keys())),
-            (
-                "of another shape",
-                [
-                    f"{key} {tuple(found[key].shape)} instead of {tuple(expected[key].shape)}"
-                    for key in sorted(both)
-                    if found[key].shape != expected[key].shape
-                ],
-            ),
-        ]
-        if any(keys for _, keys in wrong):
-            said = "; ".join(
-                f"{len(keys)} {what} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
-                for what, keys in wrong
-                if keys
+
+
+def open_model(folder: Path) -> nn.Module:
+    """The model of a folder in timm's format (config.json, model.safetensors), on the CPU, in eval mode.
+
+    Raises:
+        InputError: they are not there, can't be read, or do not belong together.
+    """
+    for name in ("config.json", "model.safetensors"):
+        if not (folder / name).exists():
+            raise InputError(
+                f"{folder / name} does not exist; expected a folder in timm's format, which has both files"
             )
-            raise InputError(f"{path} holds the weights of another model than run.json's: {said}")
-        model.load_state_dict(found)
+    try:
+        model = timm.create_model(f"local-dir:{folder.absolute()}", pretrained=False)
+    except (OSError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise InputError(f"{folder / 'config.json'} is not a model's config in timm's format ({error})") from None
+    _load(folder / "model.safetensors", model, "config.json")
+    return model.eval()
 
 
-def _lock(folder: Path):
-    """The open file that holds the lock on a folder; None where there are no locks.
+def _load(path: Path, model: nn.Module, of: str) -> None:
+    """Load the weights in `path`; `of` names the file that the model was made from, for the message."""
+    try:
+        found = read_checkpoint(path)
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    expected = model.state_dict()
+    both = found.keys() & expected.keys()
+    wrong = [
+        ("missing", sorted(expected.keys() - found.keys())),
+        ("not in the model", sorted(found.keys() - expected.keys())),
+        (
+            "of another shape",
+            [
+                f"{key} {tuple(found[key].shape)} instead of {tuple(expected[key].shape)}"
+                for key in sorted(both)
+                if found[key].shape != expected[key].shape
+            ],
+        ),
+    ]
+    if any(keys for _, keys in wrong):
+        said = "; ".join(
+            f"{len(keys)} {what} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
+            for what, keys in wrong
+            if keys
+        )
+        raise InputError(f"{path} holds the weights of another model than {of}'s: {said}")
+    model.load_state_dict(found)
+
+
+def lock_folder(folder: Path) -> IO[str] | None:
+    """The open file that holds the lock on a folder until it is closed; None where there are no locks.
 
     A record lock (lockf), not flock: the kernel drops it with this process, while flock's would live on in the data
     workers, which hold copies of the open file for some seconds after the process is gone.
+
+    Raises:
+        InputError: another process holds it.
+        OSError: the folder can't be written.
     """
     if fcntl is None:
         return None

@@ -9,8 +9,11 @@ import time
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 EXIT_SAVED, EXIT_AT_ONCE = 75, 130
-TORCHRUN_GRACE_S = 5.0
-"""torchrun passes on what its processes have got from the terminal already: within so many seconds it is one signal."""
+PASSED_ON = ("TORCHELASTIC_RUN_ID", "MPVG_STUDY")
+"""Variables of processes that torchrun or `mpvg study` started, which pass on a signal that a terminal or a scheduler
+may have sent to all."""
+GRACE_S = 5.0
+"""There what comes within so many seconds is one signal."""
 
 
 class Signals:
@@ -34,7 +37,7 @@ class Signals:
             signal.signal(number, handler)
 
     def _handle(self, number: int, _) -> None:
-        grace = TORCHRUN_GRACE_S if "TORCHELASTIC_RUN_ID" in os.environ else 0.0
+        grace = GRACE_S if any(name in os.environ for name in PASSED_ON) else 0.0
         if self.received is None:
             self.received, self._time = signal.Signals(number).name, time.monotonic()
             if os.environ.get("RANK", "0") == "0":

@@ -105,11 +105,14 @@ Sample = tuple[Tensor, int, float, list[dict[str, Any]]]
 
 
 class KeyedImages(Dataset):
-    """Training and held-out images by key: what a key gives depends on nothing else, so any process may load it."""
+    """Training and held-out images by key: what a key gives depends on nothing else, so any process may load it.
 
-    def __init__(self, train: Source, test: Source, transform, test_transform, input_size: tuple[int, ...], seed: int):
+    `blank` stands for what pads and for what can't be read.
+    """
+
+    def __init__(self, train: Source, test: Source, transform, test_transform, blank: Tensor, seed: int):
         self.train, self.test, self.transform, self.test_transform = train, test, transform, test_transform
-        self.input_size, self.seed = input_size, seed
+        self.blank, self.seed = blank, seed
 
     def __getitem__(self, key: Key) -> Sample:
         epoch, position, index = key
@@ -117,14 +120,14 @@ class KeyedImages(Dataset):
         if epoch is None:
             if index >= 0 and (found := self._read(self.test, index, epoch, position, bad)):
                 return self.test_transform(found[0]), found[1], 1.0, bad
-            return torch.zeros(self.input_size), 0, 0.0, bad
+            return self.blank, 0, 0.0, bad
         for attempt in range(TRIES):
             if attempt:
                 index = key_seed(self.seed, "replacement", epoch, position, attempt) % len(self.train)
             if found := self._read(self.train, index, epoch, position, bad):
                 seed_cpu(self.seed, "augment", epoch, position)
                 return self.transform(found[0]), found[1], 1.0, bad
-        return torch.zeros(self.input_size), 0, 0.0, bad
+        return self.blank, 0, 0.0, bad
 
     def _read(self, source: Source, index: int, epoch: int | None, position: int, bad: list) -> tuple | None:
         try:
@@ -302,13 +305,13 @@ def create_transforms(config: Config, prepared: dict[str, Any]) -> tuple[Any, An
                 transforms.RandomHorizontalFlip(aug.hflip),
             ]
         )
-    test = create_transform(
-        **normal,
-        crop_pct=prepared["crop_pct"],
-        crop_mode=prepared["crop_mode"],
-        interpolation=prepared["interpolation"],
-    )
-    return transforms.Compose([*first.transforms, *second.transforms, *last.transforms]), test
+    return transforms.Compose([*first.transforms, *second.transforms, *last.transforms]), held_out_transform(prepared)
+
+
+def held_out_transform(prepared: dict[str, Any], *, pixels: bool = False) -> Any:
+    """timm's transform of held-out images, from a PIL image to a normalised tensor, or to its pixels (uint8)."""
+    keys = ("input_size", "mean", "std", "crop_pct", "crop_mode", "interpolation")
+    return create_transform(**{key: prepared[key] for key in keys}, normalize=not pixels)
 
 
 class ImageData(Data):
@@ -323,9 +326,8 @@ class ImageData(Data):
         self.train, self.test = Source(splits.train, self.mode), Source(splits.test, self.mode)
         super().__init__(config, device, world, len(self.train), len(self.test))
         self.format = torch.channels_last if config.model.channels_last else torch.contiguous_format
-        images = KeyedImages(
-            self.train, self.test, *create_transforms(config, self.preprocessing), self.input_size, config.seed
-        )
+        transforms, blank = create_transforms(config, self.preprocessing), torch.zeros(self.input_size)
+        images = KeyedImages(self.train, self.test, *transforms, blank, config.seed)
         self.keys = KeyLists()
         self.loader = Loader(images, config.data.workers, device.type == "cuda", batch_sampler=self.keys)
         self.known_bad: dict[str, str] = {}

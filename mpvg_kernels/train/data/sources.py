@@ -87,29 +87,70 @@ def open_splits(config: Config, main: bool, **stream_options: Any) -> Splits:
     return Splits(train, test, len(names) if names is not None else data.num_classes, names)
 
 
-def open_split(config: Config, field: str | None, name: str) -> Split:
+def open_split(config: Config, field: str | None, name: str, class_names: list[str] | None = None) -> Split:
     """Open one part of the data set alone.
 
     Args:
         field: the config field of section data that names it, or None:
         name: the name that it has in the data set.
+        class_names: the classes in the order of their labels; a folder may lack some of them.
 
     Raises:
-        InputError: it is not there, or not as the config says.
+        InputError: it is not there, not as the config says, or of other classes.
     """
     data = config.data
-    if field is None:
-        field, config = "val_split", dataclasses.replace(config, data=dataclasses.replace(data, val_split=name))
     kind = prefix(data.name)
     _check_name(data.name, kind)
     _check_root(config, kind)
-    images = _read_folder(_find_split(config, field)) if kind == "folder" else _create(config, field)
-    names = _class_names(images)
-    if names is None and data.num_classes is None:
+    told = None
+    if field is None:
+        told = f"--split is {name!r}"
+        if kind == "torch" and name not in sum(SPLITS.values(), []):  # which torchvision would take for validation
+            raise InputError(f"{told}, expected train or validation for {data.name}")
+        field, config = "val_split", dataclasses.replace(config, data=dataclasses.replace(data, val_split=name))
+    if kind == "folder":
+        return open_folder(_find_split(config, field, told), class_names)
+    images = _create(config, field)
+    found = _class_names(images)
+    if found is None and class_names is None and data.num_classes is None:
         raise InputError(
             f"config field data.num_classes is None, expected a number, as {data.name} does not name its classes"
         )
+    if found is not None and class_names is not None and found != class_names:
+        said = _some([each for each in found if each not in class_names] or ["the same in another order"])
+        raise InputError(f"{data.name} has other classes than the run: {len(found)}, not {len(class_names)} ({said})")
+    names = found or class_names
     return Split(images, len(names) if names is not None else data.num_classes, names)
+
+
+def open_folder(path: Path, class_names: list[str] | None = None) -> Split:
+    """Open a folder, or a tar file, with a folder of images for each class.
+
+    Args:
+        class_names: the classes in the order of their labels, of which the folder may lack some; None takes those that
+            it has.
+
+    Raises:
+        InputError: it is not there, has no images, or classes that are not in `class_names`.
+    """
+    if not path.exists():
+        raise InputError(f"{path} does not exist, expected a folder with a folder of images for each class")
+    inside = {entry.name for entry in os.scandir(path) if entry.is_dir()} if path.is_dir() else set()
+    if all(inside & set(names) for names in SPLITS.values()) and not inside & set(class_names or ()):
+        # Classes deeper down are found, so that all splits would be taken for one.
+        raise InputError(f"{path} has the splits {_some(sorted(inside))} in it, expected one of them")
+    images = _read_folder(path)
+    found = _class_names(images)
+    if class_names is None or found == class_names:
+        return Split(images, len(found), found)
+    if unknown := [name for name in found if name not in class_names]:
+        close = near_matches(unknown[0], class_names) if len(unknown) == 1 else ""
+        raise InputError(
+            f"{path} has class folders that the run does not know: {_some(unknown)}; its {len(class_names)} classes "
+            f"are {_some(class_names)}{close}"
+        )
+    images = _read_folder(path, {name: label for label, name in enumerate(class_names)})
+    return Split(images, len(class_names), class_names)
 
 
 def _check_name(name: str, kind: str) -> None:
@@ -193,7 +234,8 @@ def _folders(config: Config, main: bool) -> Splits:
     return Splits(train, test, len(names), names)
 
 
-def _find_split(config: Config, field: str) -> Path:
+def _find_split(config: Config, field: str, told: str | None = None) -> Path:
+    """Where a split's images are; `told` begins the error, by default with the config field."""
     root, split = Path(config.data.root), getattr(config.data, field)
     if not root.is_dir():
         raise InputError(
@@ -205,7 +247,7 @@ def _find_split(config: Config, field: str) -> Path:
             if path.exists():
                 return path
     raise InputError(
-        f"config field data.{field} is {split!r}, but data.root {str(root)!r} has no folder or tar file "
+        f"{told or f'config field data.{field} is {split!r}'}, but data.root {str(root)!r} has no folder or tar file "
         f"{' or '.join(names)}; expected one with a folder of images for each class"
     )
 

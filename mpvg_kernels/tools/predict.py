@@ -1,0 +1,263 @@
+"""What a model sees in images: files and folders in, classes with their probabilities out. What `mpvg predict` does.
+
+    mpvg predict runs/digits photo.png more/               the best five classes of each image
+    mpvg predict runs/digits/best *.jpg --format csv --top 1 --out classes.csv
+
+The preprocessing and the names of the classes are those that are stored with the weights, so that a folder in timm's
+format is enough. Results come in the order of the input, a batch at a time.
+"""
+
+import contextlib
+import csv
+import json
+import os
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from timm.data import resolve_data_config
+from timm.utils.misc import natural_key
+from torch import nn
+
+from ..train import InputError
+from ..train.config import Config
+from ..train.data.evaluation import IndexedImages
+from ..train.data.images import UnreadableImage
+from ..train.data.sources import EXTENSIONS, Split
+from ..train.distributed import pick_device
+from ..train.run_folder import RunFolder, finite, open_model, print_warning
+from .evaluate import TOP, top_classes
+
+FORMATS = ("table", "json", "csv")
+BATCH = 32
+
+
+class Files:
+    """Image files by index, for `train.data.images.Source`: an open file, and a label that means nothing."""
+
+    def __init__(self, paths: Sequence[str]):
+        self.samples = [(path, 0) for path in paths]
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[IO[bytes], int]:
+        path, label = self.samples[index]
+        try:
+            return open(path, "rb"), label
+        except IsADirectoryError:
+            raise UnreadableImage(f"a folder without images: {' '.join(EXTENSIONS)}") from None
+        except OSError as error:
+            raise UnreadableImage(error.strerror) from None
+
+
+def load(source: Path, weights: str | None = None) -> tuple[nn.Module, list[str] | None]:
+    """The model of a run folder, or of a folder in timm's format, and the names of its classes, if it has them.
+
+    Args:
+        weights: which of a run's: "best", "last" (None) or "ema".
+
+    Raises:
+        InputError: it is neither, or the weights are not there.
+    """
+    if (source / "run.json").exists():
+        model = RunFolder(source).model(weights or "last")
+    elif not (source / "config.json").exists():
+        raise InputError(
+            f"{source} is neither a run folder (with run.json) nor a folder in timm's format (with config.json and "
+            "model.safetensors)"
+        )
+    elif weights is not None:
+        raise InputError(f"--weights {weights}: {source} is no run folder and has one set of weights; leave it out")
+    else:
+        model = open_model(source)
+    names = model.pretrained_cfg.get("label_names")
+    if isinstance(names, dict):  # timm takes {label: name} too
+        names = [names.get(str(i), names.get(i, str(i))) for i in range(model.num_classes)]
+    if names is not None and len(names) != model.num_classes:
+        raise InputError(
+            f"{source} names {len(names)} classes, expected the model's {model.num_classes}: its config.json and "
+            "weights do not belong together"
+        )
+    return model, names
+
+
+def find(paths: Iterable[str | Path]) -> Iterator[str]:
+    """The image files of files and folders; a folder's, and those deeper down, in the natural order of their names.
+
+    A folder without images stands for itself, so that it is missed like a file that can't be read.
+    """
+    for path in map(str, paths):
+        if not os.path.isdir(path):
+            yield path
+            continue
+        inside = (os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names)
+        images = sorted((p for p in inside if os.path.splitext(p)[1].lower() in EXTENSIONS), key=natural_key)
+        yield from images or [path]
+
+
+@torch.inference_mode()
+def predict(
+    model: nn.Module,
+    names: Sequence[str] | None,
+    files: Sequence[str],
+    device: torch.device,
+    *,
+    top: int = TOP,
+    batch: int = BATCH,
+) -> Iterator[dict[str, Any]]:
+    """The best classes of each file, in the order of the files.
+
+    Args:
+        model: made by timm.create_model, whose pretrained_cfg says how images are prepared; in eval mode.
+        names: the classes' names; None takes their numbers.
+        top: classes of each image, at most the model's.
+
+    Yields:
+        {"file", "predictions": [{"label", "name", "probability"}, ...]}, the largest probability first, or, for a
+        file that can't be read, {"file", "error"}.
+    """
+    cfg = resolve_data_config(model=model)
+    names = names or [str(label) for label in range(model.num_classes)]
+    images = IndexedImages(Config(), Split(Files(files), model.num_classes, list(names)), cfg, device)
+    model, done = model.to(device), 0
+
+    def unreadable(end: int) -> Iterator[dict[str, Any]]:
+        # Those before `end` that no batch had; images.bad has them in the same order.
+        for file in files[done:end]:
+            yield {"file": file, "error": images.bad.pop(0)["reason"]}
+
+    try:
+        for x, _, index in images.batches(batch):
+            found, prob, _ = (part.tolist() for part in top_classes(model(x), top))
+            for place, labels, probabilities in zip(index.tolist(), found, prob, strict=True):
+                yield from unreadable(place)
+                best = [
+                    {"label": label, "name": names[label], "probability": probability}
+                    for label, probability in zip(labels, probabilities, strict=True)
+                ]
+                yield {"file": files[place], "predictions": best}
+                done = place + 1
+        yield from unreadable(len(files))
+    finally:
+        images.close()
+
+
+# ---- output
+
+
+def write_rows(rows: Iterable[dict[str, Any]], format: str, file: IO[str], top: int, width: int = 0) -> int:
+    """Write results as they come: a table to look at, a JSON array, or CSV with a line an image.
+
+    Args:
+        format: one of FORMATS.
+        top: classes of each image.
+        width: of the table's first column.
+
+    Returns:
+        How many images could be read.
+    """
+    begin, write, end = {"table": _table, "json": _json, "csv": _csv}[format](file, top, width)
+    good = 0
+    begin()
+    for row in rows:
+        write(row)
+        good += "error" not in row
+    end()
+    return good
+
+
+def _table(file: IO[str], top: int, width: int):
+    def write(row: dict[str, Any]) -> None:
+        if "error" not in row:  # which stderr has
+            best = (f"{each['name']} {100 * each['probability']:5.1f} %" for each in row["predictions"])
+            print(f"{row['file']:<{width}}  {'   '.join(best)}", file=file)
+
+    return (lambda: None), write, (lambda: None)
+
+
+def _json(file: IO[str], top: int, width: int):
+    before = ["[\n"]
+
+    def write(row: dict[str, Any]) -> None:
+        file.write(before[0] + json.dumps(finite(row), allow_nan=False))
+        before[0] = ",\n"
+
+    return (lambda: None), write, (lambda: file.write("\n]\n" if before[0] != "[\n" else "[]\n"))
+
+
+def _csv(file: IO[str], top: int, width: int):
+    table = csv.writer(file, lineterminator="\n")
+    columns = [name for n in range(1, top + 1) for name in (f"class_{n}", f"probability_{n}")]
+
+    def write(row: dict[str, Any]) -> None:
+        best = [value for each in row.get("predictions", ()) for value in (each["name"], f"{each['probability']:.6g}")]
+        best += [""] * (len(columns) - len(best))
+        table.writerow([row["file"], *best, row.get("error", "")])
+
+    return (lambda: table.writerow(["file", *columns, "error"])), write, (lambda: None)
+
+
+@contextlib.contextmanager
+def opened(out: Path | None) -> Iterator[IO[str]]:
+    """The standard output, or a file that gets its name when it is whole.
+
+    Raises:
+        InputError: it can't be written.
+    """
+    if out is None:
+        yield sys.stdout
+        return
+    tmp = out.with_name(f".{out.name}.tmp")
+    try:
+        with open(tmp, "w", newline="", encoding="utf-8") as file:
+            yield file
+        os.replace(tmp, out)
+    except OSError as error:
+        raise InputError(f"{out} can't be written ({error.strerror}): choose another file with --out") from None
+    finally:
+        with contextlib.suppress(OSError):
+            tmp.unlink(missing_ok=True)
+
+
+def predict_files(
+    source: Path,
+    paths: Sequence[str | Path],
+    weights: str | None = None,
+    *,
+    top: int = TOP,
+    format: str = "table",
+    out: Path | None = None,
+    batch: int = BATCH,
+    device: str = "auto",
+) -> int:
+    """Classify files and folders and write what was found; files that can't be read are named on stderr.
+
+    Returns:
+        The exit code: 0 where any image could be read, else 1.
+
+    Raises:
+        InputError: the model or `out` can't be had.
+    """
+    where = pick_device(device)
+    model, names = load(source, weights)
+    files = list(find(paths))
+    top = min(top, model.num_classes)
+
+    def told() -> Iterator[dict[str, Any]]:
+        for row in predict(model, names, files, where, top=top, batch=batch):
+            if "error" in row:
+                print_warning(f"{row['file']} is left out ({row['error']})")
+            yield row
+
+    try:
+        with opened(out) as file:
+            good = write_rows(told(), format, file, top, min(max(map(len, files)), 60))
+            file.flush()
+    except BrokenPipeError:  # `| head` has seen enough; what Python flushes at its end must have a place to go
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return 0 if good else 1
