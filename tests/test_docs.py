@@ -37,7 +37,7 @@ def test_examples_run(tmp_path, monkeypatch):
     """In one process, top to bottom."""
     monkeypatch.chdir(tmp_path)
     examples = re.findall(r"```python\n(.*?)```", DOCS.read_text(), re.DOTALL)
-    assert len(examples) == 5
+    assert len(examples) == 6
     names: dict = {}
     with torch.random.fork_rng():
         for example in examples:
