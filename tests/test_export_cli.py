@@ -216,6 +216,7 @@ def test_bad_input(run, tmp_path, capsys):
     out = ("--format", "pt2", "--out", tmp_path / "m.pt2")
     cases = {
         ("mpvg_deit_tiny_patch16", *out): "no run folder and no model; did you mean 'mpvg_deit_tiny_patch16_224'",
+        ("mpvg_vit_adapter_tiny", *out): "gives feature maps and has no classifier; expected a classification model",
         ("xyz", *out): "no run folder and no model; ours are mpvg_ceit_base_patch16_224, ",
         (there, *out): "is not a run folder: it has no run.json",
         (run, *out, "--weights", "best"): "the run has not saved its best weights",

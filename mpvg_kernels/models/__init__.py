@@ -1,16 +1,20 @@
 """Vision transformers whose position embedding travels by a `PositionScheme`; importing this registers them in timm."""
 
 from . import mpvg_ceit, mpvg_deit, mpvg_swin, mpvg_t2t_vit, mpvg_vit_lite, timm_vit  # noqa: F401  (register)
+from .deformable_attention import DeformableAttention
 from .fuse import fuse_norms
 from .mpvg_swin import MPVGSwinTransformer, SwinPositionScheme
 from .mpvg_vit import MPVGVisionTransformer
+from .mpvg_vit_adapter import MPVGViTAdapter
 from .position_scheme import NAMED_SCHEMES, PositionScheme
 from .timm_vit import from_timm
 from .weights import checkpoint_filter_fn, load_checkpoint, load_weights
 
 __all__ = [
     "NAMED_SCHEMES",
+    "DeformableAttention",
     "MPVGSwinTransformer",
+    "MPVGViTAdapter",
     "MPVGVisionTransformer",
     "PositionScheme",
     "SwinPositionScheme",

@@ -262,6 +262,8 @@ def _from_name(source: str, weights: str | None, scheme: str | None) -> Source:
         model = timm.create_model(source, **({} if scheme is None else {"scheme": scheme}))
     except (ValueError, TypeError) as error:
         raise InputError(f"{source} can't be built with --scheme {scheme}: {error}") from None
+    if not model.num_classes:
+        raise InputError(f"{source} gives feature maps and has no classifier; expected a classification model")
     of_scheme = f", scheme {model.scheme}" if hasattr(model, "scheme") else ""
     return Source(model, f"{source} (random weights{of_scheme})", source)
 
