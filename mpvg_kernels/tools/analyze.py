@@ -21,7 +21,7 @@ from ..train.config import from_args
 from ..train.data import open_images
 from ..train.distributed import pick_device
 from ..train.loop import cpu_threads
-from ..train.run_folder import RunFolder, print_warning, reason, write_json
+from ..train.run_folder import RunFolder, print_warning, printable, reason, write_json
 from .pictures import save
 
 BATCH = 16
@@ -140,7 +140,7 @@ def describe(result: dict[str, Any]) -> str:
         variance = "none" if (v := last["bias_variance"]["tokens"]) is None else f"{v:.2g}"
         lines.append(f"last norm: variance of its bias {variance}, cosine of a token before and after it {cosine:.3f}")
     lines.append(f"written: {Path(result['written'][0]).parent}")
-    return "\n".join(lines)
+    return "\n".join(map(printable, lines))
 
 
 def warn(result: dict[str, Any]) -> None:

@@ -26,7 +26,7 @@ from ..train.data import EvalImages, open_images
 from ..train.distributed import World, find_world, gather, pick_device, process_group, together
 from ..train.loop import cpu_threads, make_deterministic
 from ..train.model import autocast, create_model
-from ..train.run_folder import RunFolder, finite, print_warning, reason, write_json
+from ..train.run_folder import RunFolder, finite, print_warning, printable, reason, whole_file, write_json
 from . import latency, pictures
 from .pictures import most_confused
 
@@ -354,11 +354,11 @@ def write(result: dict[str, Any], confusion: np.ndarray, class_names: Sequence[s
     try:
         out.mkdir(parents=True, exist_ok=True)
         write_json(out / "result.json", finite(result))
-        with open(out / "per_class.csv", "w", newline="", encoding="utf-8") as file:
+        with whole_file(out / "per_class.csv") as file:
             table = csv.DictWriter(file, result["per_class"][0])
             table.writeheader()
             table.writerows(result["per_class"])
-        with open(out / "confusion.csv", "w", newline="", encoding="utf-8") as file:
+        with whole_file(out / "confusion.csv") as file:
             table = csv.writer(file)
             table.writerow(("label", "predicted", "images"))
             for label, predicted in zip(*confusion.nonzero(), strict=True):
@@ -393,7 +393,7 @@ def describe(result: dict[str, Any]) -> str:
         files = ", ".join(f"{each['file']} ({each['reason']})" for each in bad[:TOP])
         lines.append(f"unreadable images, left out: {len(bad)}: {files}{', ...' if len(bad) > TOP else ''}")
     if "latency" in result:
-        lines.append(latency.table(result["latency"]))
+        lines += latency.table(result["latency"]).split("\n")
     if result.get("written"):
         lines.append(f"written: {result['written']}")
-    return "\n".join(lines)
+    return "\n".join(map(printable, lines))

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from .. import backends
 from ..models.patches import check_divides
 from ..train import InputError, near_matches
-from ..train.run_folder import WEIGHTS, RunFolder, open_model
+from ..train.run_folder import WEIGHTS, RunFolder, open_model, whole_file
 from . import model_card
 from .loading import FreshProcessError, in_fresh_process
 
@@ -131,7 +131,7 @@ def export(
     needs_package = kernels or (format == "safetensors" and type(model).__module__.startswith("mpvg_kernels."))
     about = _about(model)
     # With the suffix last: torch wants packages to end in .pt2.
-    tmp = path.with_name(f".{path.stem}.tmp{path.suffix}")
+    tmp = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
     tmp_card = tmp.with_name(f"{tmp.name}.md")
     try:
         with torch.no_grad():
@@ -163,7 +163,9 @@ def export(
                 path.name, tmp, format, about, batch, kernels, device, needs_package, input_size != own_size,
                 difference, TOLERANCES[format], fresh_check,
             )  # fmt: skip
-            (tmp_card if card_path else tmp / "README.md").write_text(model_card.model_card(found, made))
+            with whole_file(tmp_card if card_path else tmp / "README.md") as file:
+                file.write(model_card.model_card(found, made))
+        _check_places(path, card_path, format)  # once more: another process may have been as far as this one
         os.replace(tmp, path)
         if card_path:
             os.replace(tmp_card, card_path)
