@@ -483,6 +483,7 @@ def edit(**changes):
         (edit(config={"optim": 3, "sched": [], "epochs": "many", "batch": "x"}, recipe=["x"]), None),
         (edit(versions=3, machine="x", class_names=7, command="mpvg", updates="all", flops=None), None),
         (edit(recipe="gone"), None),
+        (edit(recipe=None), None),
     ],
 )
 def test_runs_in_bad_shape(tmp_path, capsys, spoil, said):

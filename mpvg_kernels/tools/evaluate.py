@@ -8,6 +8,7 @@ Of every image the best classes, their probabilities and the loss are kept, neve
 
 import csv
 import dataclasses
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -65,7 +66,8 @@ def top_classes(logits: Tensor, k: int = TOP) -> tuple[Tensor, Tensor, Tensor]:
     logits = logits.float()
     # Of equal logits topk takes any, argmax the first: accuracy must not depend on which of the two counts.
     best = logits.argmax(-1, keepdim=True)
-    top = logits.scatter(-1, best, torch.inf).topk(min(k, logits.shape[-1])).indices
+    ranked = logits.where(~logits.isnan(), -torch.inf).scatter(-1, best, torch.inf)  # nan would come before inf
+    top = ranked.topk(min(k, logits.shape[-1])).indices
     normaliser = logits.logsumexp(-1)
     return top, (logits.gather(-1, top) - normaliser[:, None]).exp(), normaliser
 
@@ -379,6 +381,8 @@ def describe(result: dict[str, Any]) -> str:
         f"{result['run']} ({result['weights']}) on {on}: accuracy {result['acc']:.2f} %{top5}, "
         f"loss {result['loss']:.4f}, calibration error {result['ece']:.2f} %, {result['images']} images"
     ]
+    if not math.isfinite(result["loss"]):
+        lines.append("the model's outputs are not all finite numbers: its accuracy means nothing")
     seen = [row for row in result["per_class"] if row["images"]]
     worst = sorted((row for row in seen if row["acc"] < 100), key=lambda row: row["acc"])[:TOP]
     if worst:

@@ -138,6 +138,8 @@ def export(
             # One image and an odd number: traced with two, a program for any batch has to take both.
             images = _random_images((batch,) if batch else (1, 3), input_size)
             expected = [model(x.to(device)).cpu() for x in images]
+            if not all(x.isfinite().all() for x in expected):
+                raise InputError(f"{found.what} gives logits that are not finite, so that no export can be checked")
             if format == "safetensors":
                 again = _write_safetensors(model, tmp)
             else:

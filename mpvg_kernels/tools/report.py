@@ -280,7 +280,7 @@ def _flat(values: Any, prefix: str = "") -> dict[str, str]:
 
 
 def _recipe_difference(record: RunRecord) -> list[Block]:
-    name = record.info.get("recipe")
+    name = str(record.info.get("recipe", ""))  # a config of one's own has none
     try:
         expected, of = recipes.load(name), f"recipe {name}"
     except InputError:

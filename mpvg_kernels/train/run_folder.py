@@ -172,6 +172,8 @@ class RunFolder:
             raise InputError(
                 f"{self.path / 'run.json'} can't be read ({error}); expected the JSON of `mpvg train`"
             ) from None
+        if not isinstance(self.info, dict):
+            raise InputError(f"{self.path / 'run.json'} holds no JSON object; expected the JSON of `mpvg train`")
 
     @classmethod
     def create(cls, path: str | Path, info: dict[str, Any]) -> "RunFolder":
@@ -242,7 +244,8 @@ class RunFolder:
         """
         if "config" not in self.info:
             raise InputError(f"{self.path / 'run.json'} has no config; expected the JSON of `mpvg train`")
-        return from_dict(self.info["config"], self.info.get("versions", {}).get("mpvg_kernels"))
+        versions = self.info.get("versions")
+        return from_dict(self.info["config"], versions.get("mpvg_kernels") if isinstance(versions, dict) else None)
 
     def note_start(self, **start: Any) -> None:
         """Add a line to starts.jsonl; log.jsonl stays free of what differs between a resumed run and a whole one."""
