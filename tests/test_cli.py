@@ -16,7 +16,7 @@ import torch
 
 import mpvg_kernels as mk
 from mpvg_kernels import __main__ as cli
-from mpvg_kernels import demo
+from mpvg_kernels import backends, demo
 from mpvg_kernels.train import InputError, checkpoint, config, metrics, recipes
 from mpvg_kernels.train.run_folder import whole_file
 
@@ -397,6 +397,18 @@ def test_no_place_for_a_result_is_said_before_the_work(command, copy, tmp_path, 
         args += ["--format", "safetensors"]
     message = fails(capsys, *args[:3], tmp_path / "no" / "r.html", *args[3:])
     assert f"{tmp_path / 'no'} is not a folder: make it" in message and not (copy / "eval").exists()
+
+
+@pytest.mark.parametrize("command", ["eval RUN", "analyze RUN", "predict RUN x.png", "export RUN --format pt2"])
+def test_a_backend_that_there_is_not(command, run, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with mk.use_backend("triton" if not torch.cuda.is_available() else "cpp"):
+        args = [run[0] if part == "RUN" else part for part in command.split()]
+        monkeypatch.setattr(backends, "_runs", lambda *_: False)
+        backends._choose.cache_clear()
+        message = fails(capsys, *args)
+    backends._choose.cache_clear()
+    assert "can't run on a" in message and not list(tmp_path.iterdir())
 
 
 def test_json_that_cannot_be_written(copy, tmp_path, capsys):

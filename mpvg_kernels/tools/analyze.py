@@ -19,7 +19,7 @@ from ..analysis.summary import SHOWN, summarise
 from ..train import InputError, TrainingError
 from ..train.config import from_args
 from ..train.data import open_images
-from ..train.distributed import pick_device
+from ..train.distributed import pick_backend, pick_device
 from ..train.loop import cpu_threads
 from ..train.run_folder import RunFolder, print_warning, printable, reason, write_json
 from .pictures import save
@@ -65,6 +65,7 @@ def analyze_run(
     if fields:
         config = from_args(config, list(fields), "mpvg analyze RUN")
     device = pick_device(config.device)
+    pick_backend(device)
     with cpu_threads(config.threads):
         model = run.model(weights).to(device)
         opened = open_images(config, device, split, folder=folder, class_names=run.info.get("class_names"))

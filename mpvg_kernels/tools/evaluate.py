@@ -20,11 +20,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .. import backends
 from ..train import InputError, TrainingError
 from ..train.config import Config, from_args
 from ..train.data import EvalImages, open_images
-from ..train.distributed import World, find_world, gather, pick_device, process_group, together
+from ..train.distributed import World, find_world, gather, pick_backend, pick_device, process_group, together
 from ..train.loop import cpu_threads, make_deterministic
 from ..train.model import autocast, create_model
 from ..train.run_folder import RunFolder, finite, print_warning, printable, reason, whole_file, write_json
@@ -275,10 +274,7 @@ def evaluate_run(
     config = dataclasses.replace(config, loss=dataclasses.replace(config.loss, distillation="none"))
     world = find_world()
     device = pick_device(config.device, world)
-    try:
-        backend = backends.resolve(device.type, config.compile)
-    except (ValueError, backends.BackendUnavailableError) as error:
-        raise InputError(str(error)) from None
+    backend = pick_backend(device, config.compile)
     if config.deterministic and device.type == "cuda":
         make_deterministic()
     with process_group(world, device, config), cpu_threads(config.threads):

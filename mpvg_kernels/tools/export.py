@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from .. import backends
 from ..models.patches import check_divides
 from ..train import InputError, near_matches
+from ..train.distributed import pick_backend
 from ..train.run_folder import WEIGHTS, RunFolder, open_model, whole_file
 from . import model_card
 from .loading import FreshProcessError, in_fresh_process
@@ -117,6 +118,7 @@ def export(
         ModuleNotFoundError: ONNX's packages are not installed.
     """
     _check_options(format, batch, kernels, opset, device)
+    pick_backend(device)
     found = _open(source, weights, scheme)
     path = (out or Path(found.name + SUFFIXES[format])).absolute()
     card_path = path.with_name(path.name + ".md") if card and format != "safetensors" else None

@@ -26,7 +26,7 @@ from ..train.config import Config
 from ..train.data.evaluation import IndexedImages
 from ..train.data.images import UnreadableImage
 from ..train.data.sources import EXTENSIONS, Split
-from ..train.distributed import pick_device
+from ..train.distributed import pick_backend, pick_device
 from ..train.run_folder import RunFolder, discard, finite, open_model, print_warning, printable, whole_file
 from .evaluate import TOP, top_classes
 
@@ -237,6 +237,7 @@ def predict_files(
         InputError: the model or `out` can't be had.
     """
     where = pick_device(device)
+    pick_backend(where)
     model, names = load(source, weights)
     files = list(find(paths))
     top = min(top, model.num_classes)
