@@ -552,7 +552,7 @@ def test_without_predictions(copy, capsys, spoil, said):
     [
         (["nowhere"], "nowhere is not a run folder"),
         (["run", "--out", "report.md"], "expected a name that ends in .html"),
-        (["run", "--out", "no/such/x.html"], "no/such/x.html can't be written (No such file or directory)"),
+        (["run", "--out", "no/such/x.html"], "no/such is not a folder: make it, or choose another place"),
         (["run", "--images", "-1"], "--images -1: expected 0 or more"),
         (["run", "--wieghts", "best"], "unknown config field 'wieghts'"),
         ([], "required: RUN"),
