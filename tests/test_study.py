@@ -312,8 +312,9 @@ def test_other_fields_are_refused(whole, capsys):
     assert states(whole[0]) == before
 
 
-def test_stopped_and_killed_it_ends_in_the_same(whole, tmp_path, capsys):
+def test_stopped_and_killed_it_ends_in_the_same(whole, tmp_path, capsys, monkeypatch):
     out = tmp_path / "cut"
+    monkeypatch.setattr(study, "POLL_S", 0.02)  # a run of this size is over in half a second
 
     def stop():
         wait_for(lambda: states(out)[0] is not None)
