@@ -12,6 +12,7 @@ import logging
 import os
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 from .train import InputError, Stopped, TrainingError, near_matches
@@ -33,6 +34,10 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str):
         raise InputError(f"{message.rstrip('.')}; see `{self.prog} --help`")
 
+    def options(self) -> list[str]:
+        """Names of the options, without their dashes."""
+        return [option[2:] for action in self._actions for option in action.option_strings if option[:2] == "--"]
+
 
 def train(args: argparse.Namespace, fields: list[str]) -> int:
     from .train import config
@@ -43,13 +48,20 @@ def train(args: argparse.Namespace, fields: list[str]) -> int:
             return 0
         fields = ["--help"]
     default, recipe = start_of_run(args)
-    resolved = config.from_args(default, fields, f"mpvg train --recipe {recipe}")
+    config.check_options(fields, args.parser.options())
+    resolved, out = config.from_args(default, fields, f"mpvg train --recipe {recipe}"), args.out
+    if args.smoke:
+        from .train import distributed, smoke
+
+        whole, resolved = resolved, smoke.smoke(resolved, distributed.find_world())
+        out, recipe = smoke.run_folder(out, recipe, args.resume), f"{recipe.removesuffix('-smoke')}-smoke"
+        logging.getLogger(__package__).info(smoke.cuts(whole, resolved))
     if args.print_config:
         show(json.dumps(config.to_dict(resolved), indent=2))
         return 0
     from .train import loop
 
-    loop.train(resolved, args.out, recipe, args.resume)
+    loop.train(resolved, out, recipe, args.resume)
     return 0
 
 
@@ -77,7 +89,7 @@ def start_of_run(args: argparse.Namespace):
 def evaluate(args: argparse.Namespace, fields: list[str]) -> int:
     from .train import config
 
-    config.check_options(fields)  # before what takes seconds to import
+    config.check_options(fields, args.parser.options())  # before what takes seconds to import
     if args.folder is not None and args.split is not None:
         raise InputError("--split and --folder are both given: give one of them")
     if args.batch_sizes and not args.latency:
@@ -111,7 +123,7 @@ def predict(args: argparse.Namespace, _: list[str]) -> int:
 def analyze(args: argparse.Namespace, fields: list[str]) -> int:
     from .train import config
 
-    config.check_options(fields)  # before what takes seconds to import
+    config.check_options(fields, args.parser.options())  # before what takes seconds to import
     if args.folder is not None and args.split is not None:
         raise InputError("--split and --folder are both given: give one of them")
     if args.images < 1:
@@ -171,7 +183,7 @@ def export(args: argparse.Namespace, _: list[str]) -> int:
 def report(args: argparse.Namespace, fields: list[str]) -> int:
     from .train import config
 
-    config.check_options(fields)
+    config.check_options(fields, args.parser.options())  # before what takes seconds to import
     from .tools import report
 
     options = {"out": args.out, "images": args.images, "use_model": not args.no_model}
@@ -191,7 +203,7 @@ def image_size(text: str) -> tuple[int, int]:
 def study(args: argparse.Namespace, fields: list[str]) -> int:
     from .train import config
 
-    config.check_options(fields)  # before what takes seconds to import
+    config.check_options(fields, args.parser.options())  # before what takes seconds to import
     from .tools import study
 
     options = {name: getattr(args, name) for name in ("seeds", "out", "jobs")}
@@ -235,8 +247,10 @@ def parser() -> Parser:
     commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
     def command(name: str, run, help: str, **kwargs) -> Parser:
-        sub = commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".", **kwargs)
-        sub.set_defaults(run=run)
+        sub = commands.add_parser(
+            name, help=help, description=textwrap.fill(help[0].upper() + help[1:] + ".", 78), **kwargs
+        )
+        sub.set_defaults(run=run, parser=sub)
         return sub
 
     sub = command(
@@ -247,7 +261,6 @@ def parser() -> Parser:
         "mpvg train --recipe NAME --help lists them with what they mean.",
         add_help=False,
     )
-    sub.set_defaults(parser=sub)
     sub.add_argument("-h", "--help", action="store_true", help="show this help, with --recipe every field too")
     sub.add_argument("--recipe", metavar="NAME", help="what to train; `mpvg recipes` lists them")
     sub.add_argument(
@@ -259,12 +272,17 @@ def parser() -> Parser:
         default="never",
         help="auto: go on from the run folder's newest whole checkpoint, or start; PATH: from that run or checkpoint",
     )
+    sub.add_argument(
+        "--smoke",
+        action="store_true",
+        help="the same in seconds, to see that all fits: two updates of a small batch, in the folder DIR-smoke-TIME",
+    )
     sub.add_argument("--print-config", action="store_true", help="print the resolved config as JSON and stop")
     sub = command(
         "eval",
         evaluate,
         "evaluate a run's weights on any split or folder: accuracy, by class too, confusion, calibration, latency",
-        epilog="Fields of the run's config are options, for example --data.root DIR --device cpu.\n"
+        epilog="Fields of the run's config are options, for example\n--data.root DIR --device cpu.\n"
         "Started by torchrun, the processes share the images out.",
     )
     sub.add_argument("run_folder", metavar="RUN", type=Path, help="run folder")
@@ -280,7 +298,7 @@ def parser() -> Parser:
     sub.add_argument("--batch-sizes", metavar="N", type=at_least_1, nargs="+", help="of --latency (default: 1 8 64)")
     sub = command("predict", predict, "classify images with a run's model, or one in timm's format")
     sub.add_argument("model", metavar="MODEL", type=Path, help="run folder, or a folder in timm's format (RUN/best)")
-    sub.add_argument("paths", metavar="PATH", nargs="+", help="image files, and folders, with what is deeper down")
+    sub.add_argument("paths", metavar="PATH", nargs="+", help="image files, and folders, searched to the bottom")
     sub.add_argument("--weights", choices=("best", "last", "ema"), help="which weights of a run (default: last)")
     sub.add_argument("--top", metavar="K", type=at_least_1, default=5, help="classes of each image (default: 5)")
     sub.add_argument("--format", choices=("table", "json", "csv"), default="table", help="default: table")
@@ -291,7 +309,7 @@ def parser() -> Parser:
         "analyze",
         analyze,
         "draw what the position embedding does in a run's model: the paper's figures, with their numbers",
-        epilog="Fields of the run's config are options, for example --data.root DIR --device cpu.",
+        epilog="Fields of the run's config are options, for example\n--data.root DIR --device cpu.",
     )
     sub.add_argument("run_folder", metavar="RUN", type=Path, help="run folder")
     sub.add_argument("--weights", choices=("best", "last", "ema"), default="last", help="which weights (default: last)")
@@ -329,7 +347,7 @@ def parser() -> Parser:
         "report",
         report,
         "write curves, tables and sample predictions of a run, or of several, as one HTML file and as Markdown",
-        epilog="Fields of the run's config are options behind the runs, for example --data.root DIR --device cpu.",
+        epilog="Fields of the run's config are options behind the runs, for example\n--data.root DIR --device cpu.",
     )
     sub.add_argument("folders", metavar="RUN", type=Path, nargs="+", help="run folder; several are compared")
     sub.add_argument("--weights", choices=("best", "last", "ema"), default="last", help="which weights (default: last)")
@@ -345,7 +363,8 @@ def parser() -> Parser:
         "study",
         study,
         "train every position scheme with several seeds, and say what the differences are worth",
-        epilog="Any field of the config is an option, for example --epochs 8, and applies to all runs.\n"
+        epilog="Any field of the config is an option, for example --epochs 8, and applies to all\n"
+        "runs. "
         "Stopped or killed, the same command goes on.",
     )
     sub.add_argument("recipe", metavar="RECIPE", help="what to train; `mpvg recipes` lists them")

@@ -23,7 +23,7 @@ def test_fields_from_the_command_line():
     [
         ("--model.dpeth 3", "unknown config field 'model.dpeth'; did you mean 'model.depth'"),
         ("--lr 1", "unknown config field 'lr'; did you mean 'optim.lr'"),
-        ("--qqq 1", "unknown config field 'qqq'; --print-config lists them all"),
+        ("--qqq 1", "unknown config field 'qqq'; `mpvg train --recipe NAME --print-config` lists them all"),
         ("--model.depth x", "--model.depth"),
         ("--amp fp8", "'--amp'. Expected one of"),
         ("--seed", "Missing value for argument '--seed'"),
@@ -54,6 +54,8 @@ def test_fields_from_the_command_line():
         ("--dist.micro_batch 0", "config field dist.micro_batch is 0"),
         ("--optim.weight_decay -1", "config field optim.weight_decay is -1.0"),
         ("--log.interval 0", "config field log.interval is 0"),
+        ("--data.max_updates 0", "config field data.max_updates is 0, expected 1 or more, or None"),
+        ("--data.max_test_images 0", "config field data.max_test_images is 0, expected 1 or more, or None"),
     ],
 )
 def test_bad_fields(args, message):

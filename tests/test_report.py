@@ -300,6 +300,21 @@ def test_curves_of_a_run_by_hand(tmp_path):
     assert pos[1][3][-1] == "0.600" and pos[0][3][0] == "last norm" and pos[2][1] == ["layer 1", "-0.200"]
 
 
+@pytest.mark.parametrize("count, scale", [(9, "linear"), (11, "log"), (1, "linear")])
+def test_axis_is_logarithmic_from_a_decade_on(tmp_path, count, scale):
+    axes = Figure().subplots()
+    curves.draw(axes, curves.LOSS, [collect(make_run(tmp_path / "run", train_rows(count)))])  # 2 / 1, 2 / 2, ...
+    assert axes.get_yscale() == scale
+
+
+@pytest.mark.parametrize("threads, words", [(1, "1 thread,"), (2, "2 threads,")])
+def test_what_a_run_without_a_look_at_the_embedding_says(tmp_path, threads, words):
+    found = same_tables(report.report([make_run(tmp_path / "run", machine={"threads": threads})], use_model=False))
+    text = " ".join(found.text)
+    assert "no norm of the model takes one (default, gap), log.pos_interval is None, or none was due yet." in text
+    assert words in text + str(found.tables)
+
+
 def test_time_and_cost(tmp_path):
     folder = make_run(tmp_path / "run", machine={"threads": 2})
     starts = [
@@ -367,7 +382,7 @@ def test_runs_side_by_side(copy, tmp_path):
     assert "tiny" in drawing(found.images[0]) and "other" in drawing(found.images[0])
     said = [report.evaluate(collect(path), "last").found.top[:, 0] for path in (copy, second)]
     count = int((said[0] != said[1]).sum())
-    assert count and f"The runs do not say the same of {count} of 360 images." in " ".join(found.text)
+    assert count and f"The runs disagree on {count} of 360 images." in " ".join(found.text)
     assert sum("tiny" in image["alt"] and "label" in image["alt"] for image in found.images) == min(count, 24)
 
 
@@ -554,7 +569,7 @@ def test_without_predictions(copy, capsys, spoil, said):
         (["run", "--out", "report.md"], "expected a name that ends in .html"),
         (["run", "--out", "no/such/x.html"], "no/such is not a folder: make it, or choose another place"),
         (["run", "--images", "-1"], "--images -1: expected 0 or more"),
-        (["run", "--wieghts", "best"], "unknown config field 'wieghts'"),
+        (["run", "--wieghts", "best"], "unknown option or config field 'wieghts'; did you mean 'weights'"),
         ([], "required: RUN"),
     ],
 )

@@ -179,6 +179,29 @@ def test_held_out_shares(size):
     assert sorted(every[every >= 0]) == list(range(13)) and (every < 0).sum() == -13 % size
 
 
+@pytest.mark.parametrize("most, expected", [(5, [0, 2, 5, 7, 10]), (1, [0]), (13, range(13)), (20, range(13))])
+def test_a_part_of_the_held_out_images_is_spread_over_all(most, expected):
+    for size in (1, 2, 3):
+        every = np.concatenate([each for r in range(size) for each in held_out(13, 2, World(r, size), most)])
+        assert sorted(every[every >= 0]) == list(expected) and (every < 0).sum() == -len(expected) % size
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("changes", [{}, {"aug__repeats": 3, "aug__mixup": 0.8}], ids=["plain", "repeats and mixup"])
+def test_short_epochs(folder, size, changes):
+    short = {"data__max_updates": 2, "data__max_test_images": 5, "batch": 4, **changes}
+    for found in (change(config.Config(), **short), of(folder, **short)):
+        parts = [open_data(found, rank, size) for rank in range(size)]
+        assert parts[0].steps == 2
+        assert sum(len(batch.x) for data in parts for batch in data.train_batches(1)) == 8
+        assert sum(weight.sum() for data in parts for *_, weight in data.test_batches()) == 5
+        whole, order = open_data(change(found, data__max_updates=None)), parts[0].order
+        assert (order.images(1) == whole.order.images(1)[:8]).all() and (order.images(1) != order.images(2)).any()
+        assert open_data(change(found, data__max_updates=1000)).steps == whole.steps > 2
+        for data in parts:
+            data.close()
+
+
 # ---- digits
 
 
@@ -717,6 +740,14 @@ def test_processes_share_a_stream(tmp_path, stream):
     assert [len(x) for x, _ in tests[0]] == [len(x) for x, _ in tests[1]]
     seen = [pixel for test in tests for x, weight in test for pixel, w in zip(x, weight, strict=True) if w]
     assert sorted(seen) == list(range(7))
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_part_of_a_stream(tmp_path, stream, workers):
+    data = open_data(streamed(tmp_path, data__workers=workers, data__max_updates=2, data__max_test_images=5))
+    assert sum(len(batch.x) for batch in data.train_batches(1)) == 8
+    assert sum(weight.sum() for *_, weight in data.test_batches()) == 5
+    data.close()
 
 
 def test_a_stream_that_is_too_short(tmp_path, stream, monkeypatch):

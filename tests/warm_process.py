@@ -2,13 +2,14 @@
 
 Run as a program it is that process. It reads one JSON request a line and answers each with a line:
 
-    {"start": [{"argv": [...], "env": {...}, "out": FILE, "patch": {...}}, ...]}    the process numbers
+    {"start": [{"argv": [...], "env": {...}, "out": FILE, "cwd": DIR, "patch": {...}}, ...]}    the process numbers
     {"wait": [pid, ...], "timeout": s}    the exit codes (-9 for SIGKILL), once all have ended; when one has failed the
                                           others are killed, as torchrun does
 
 `patch` ends a process with SIGKILL at a given moment, {"kill": [NAME, N]}: at the N-th call of what NAME stands for in
 MOMENTS; {"signal": [NAME, N, number], "again": ...} sends a signal then. Or it spoils something: {"forget": true} (a
 resumed run begins its epoch anew), {"nan": [N, count]} (losses from the N-th on), {"file_limit": bytes} (RLIMIT_FSIZE).
+{"call": [MODULE, NAME]} calls a function first.
 
 `WarmProcess` is the other end, for the tests.
 """
@@ -78,6 +79,9 @@ def apply(patch: dict) -> None:
             return value * (float("nan") if first <= count[0] < first + patch["nan"][1] else 1.0), logits
 
         loop.Trainer._loss = spoilt
+    if "call" in patch:
+        module, name = patch["call"]
+        getattr(importlib.import_module(module), name)()
     if "file_limit" in patch:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (patch["file_limit"], patch["file_limit"]))
@@ -91,6 +95,7 @@ def child(request: dict) -> None:
             os.dup2(out.fileno(), 1)
             os.dup2(out.fileno(), 2)
         os.environ.update(request.get("env", {}))
+        os.chdir(request.get("cwd", "."))
         apply(request.get("patch", {}))
         from mpvg_kernels.__main__ import main
 
@@ -125,6 +130,8 @@ def serve() -> None:
     import mpvg_kernels.train.loop
     import mpvg_kernels.train.recipes.digits  # noqa: F401, imported for the children
 
+    for name in sys.argv[1:]:
+        importlib.import_module(name)
     print("ready", flush=True)
     for line in sys.stdin:
         request = json.loads(line)
@@ -141,12 +148,21 @@ def serve() -> None:
 
 
 class WarmProcess:
-    """The process that forks, seen from a test; a context manager."""
+    """The process that forks, seen from a test; a context manager.
+
+    Args:
+        modules: what it imports for its children, besides the trainer.
+    """
+
+    def __init__(self, *modules: str):
+        self._modules = modules
 
     def __enter__(self) -> "WarmProcess":
+        # Not what the tests of the GPU kernels need (conftest.py): a user's process has the backends of the machine.
+        env = {key: value for key, value in os.environ.items() if key not in ("TRITON_INTERPRET", "MPVG_CUDA_HOST")}
         self._process = subprocess.Popen(
-            [sys.executable, __file__],
-            env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+            [sys.executable, __file__, *self._modules],
+            env=env | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

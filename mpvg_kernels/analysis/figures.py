@@ -225,7 +225,7 @@ def position_similarity(summary: Summary) -> Figure:
 
 def attention(summary: Summary, pictures: Sequence[np.ndarray] = ()) -> Figure | None:
     """Attention by patch, beside the images: what tokens receive, or what the class token pays where there is one."""
-    layers = [each for each in chosen(summary.attention, 3) if each.grid is not None]
+    layers = [each for each in chosen(summary.attention, 4) if each.grid is not None]
     panels = []
     for i, picture in enumerate(pictures[: len(summary.attention[0].shown)]):
         panels.append((f"image {i}", picture))

@@ -383,10 +383,10 @@ def describe(result: dict[str, Any]) -> str:
     worst = sorted((row for row in seen if row["acc"] < 100), key=lambda row: row["acc"])[:TOP]
     if worst:
         said = (
-            f"{row['name']} {row['acc']:.1f} % of {row['images']} (most often taken for {row['confused_with']})"
+            f"{row['name']} ({row['acc']:.1f} % of {row['images']} images, most often taken for {row['confused_with']})"
             for row in worst
         )
-        lines.append(f"worst classes: {', '.join(said)}")
+        lines.append(f"least accurate classes: {', '.join(said)}")
     if len(seen) < len(result["per_class"]):
         lines.append(f"classes without images: {len(result['per_class']) - len(seen)} of {len(result['per_class'])}")
     if bad := result["bad"]:

@@ -243,7 +243,8 @@ def _curves(records: list[RunRecord]) -> list[Block]:
 def _pos(records: list[RunRecord]) -> list[Block]:
     found = [record for record in records if record.pos]
     if not found:
-        return [Text("No line of the log is on the position embedding: log.pos_interval is off, or none was due yet.")]
+        text = "The log has no lines on the position embedding: no norm of the model takes one (default, gap), "
+        return [Text(text + "log.pos_interval is None, or none was due yet.")]
     panels = []
     for quantity in POS:
         if len(records) == 1:
@@ -449,7 +450,7 @@ def _disagreements(evaluations: list[Evaluation], count: int) -> list[Block]:
             texts.append(f"{names[each.found.top[at, 0]]} ({100 * each.found.prob[at, 0]:.0f} %)")
         return tuple(texts), None
 
-    text = f"The runs do not say the same of {len(differ)} of {len(common)} images."
+    text = f"The runs disagree on {len(differ)} of {len(common)} images."
     if len(evaluations) < 2 or not differ[:count]:
         return [Text(text)] if len(evaluations) > 1 else [Text("One run alone has predictions.")]
     columns = ("label", *(each.record.label for each in evaluations))

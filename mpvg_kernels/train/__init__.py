@@ -3,7 +3,8 @@
 One file a concern: config (what can be set), recipes/ (values that work), data/ (images and their order), model, optim
 and losses (what is trained, how, and on what), loop (the training itself), distributed (many processes), signals,
 run_folder (the folder and the weights in it), checkpoint (what a run goes on from), metrics (logs and progress), record
-(what a run's folder tells), curves (pictures and tables of the log), table (Markdown), report (report.md).
+(what a run's folder tells), curves (pictures and tables of the log), table (Markdown), report (report.md), smoke
+(a run cut to seconds).
 This file imports nothing heavy, so that the command line can name a missing extra instead of failing on it.
 """
 

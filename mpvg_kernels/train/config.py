@@ -8,7 +8,7 @@ the field; what is set and has no effect is told by `ignored`.
 import contextlib
 import dataclasses
 import io
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
 from . import InputError, near_matches
@@ -82,6 +82,11 @@ class Data:
     """Processes that decode and augment images, for each training process; 0 does it in the training process."""
     max_bad_share: float = 0.01
     """Share of the training images that may be unreadable (they are replaced) before the run stops."""
+    max_updates: int | None = None
+    """Most updates of an epoch, which then ends before it has seen all images; None sees all."""
+    max_test_images: int | None = None
+    """Most held-out images that are evaluated while training, evenly over the data set, of a stream the first ones;
+    None takes all."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -325,6 +330,8 @@ class Config:
         optional("data.crop_pct", lambda v: 0 < v <= 1, "more than 0 and at most 1")
         optional("data.std", lambda v: min(v) > 0, "more than 0")
         need(self.data.workers >= 0, "data.workers", "0 or more")
+        optional("data.max_updates", lambda v: v >= 1, "1 or more")
+        optional("data.max_test_images", lambda v: v >= 1, "1 or more")
         for field in ("data.max_bad_share", "aug.affine.prob", "aug.hflip", "aug.erase_prob", "aug.mix_prob"):
             share(field)
         share("aug.mix_switch_prob")
@@ -407,13 +414,14 @@ def field_names() -> list[str]:
 def without_effect(config: Config) -> dict[str, str]:
     """The fields that have no effect together with the others, each with the reason."""
     digits, mixing = config.data.name == "digits", bool(config.aug.mixup or config.aug.cutmix)
+    of_all_data = ("data.name", "data.max_updates", "data.max_test_images")
     cases = [
         # (no effect when, because, the fields)
         (not digits, "it is for data.name=digits", [n for n in field_names() if n.startswith("aug.affine.")]),
         (
             digits,
             "data.name is digits",
-            [n for n in field_names() if n.startswith("data.") and n != "data.name"]
+            [n for n in field_names() if n.startswith("data.") and n not in of_all_data]
             + ["aug.crop", "aug.scale", "aug.ratio", "aug.padding", "aug.interpolation"]
             + ["aug.hflip", "aug.color_jitter", "aug.auto_augment"],
         ),
@@ -448,21 +456,24 @@ def ignored(config: Config) -> list[str]:
     ]
 
 
-def check_names(names: list[str]) -> None:
-    """Raise InputError for the first dotted name that is no field of `Config`."""
+def check_names(names: list[str], options: Iterable[str] = ()) -> None:
+    """Raise InputError for the first dotted name that is no field of `Config`; `options` are near misses too."""
     known = field_names()
+    suffix = "; `mpvg train --recipe NAME --print-config` lists them all"
     for name in names:
         if name not in known:
+            if close := near_matches(name.replace("_", "-"), options):
+                raise InputError(f"unknown option or config field {name!r}{close}")
             # `lr` alone means `optim.lr`
             close = next((f"; did you mean {k!r}?" for k in known if k.endswith(f".{name}")), near_matches(name, known))
-            raise InputError(f"unknown config field {name!r}{close or '; --print-config lists them all'}")
+            raise InputError(f"unknown config field {name!r}{close or suffix}")
 
 
-def check_options(args: list[str]) -> None:
-    """Raise InputError for the first option of a command line that names no field."""
+def check_options(args: list[str], own: Iterable[str] = ()) -> None:
+    """Raise InputError for the first option of a command line that names no field; `own` are the command's options."""
     # Ours and not tyro's check, for its one sentence; a single dash may start a negative number.
     options = [arg[2:].partition("=")[0] for arg in args if arg.startswith("--") and arg != "--help"]
-    check_names([option.replace("-", "_") for option in options])
+    check_names([option.replace("-", "_") for option in options], own)
 
 
 def from_args(default: Config, args: list[str], prog: str = "mpvg train --recipe NAME") -> Config:

@@ -51,13 +51,13 @@ def _measured(title: str, label: str, key: str, spec: str, best: Callable, log: 
 
 
 LOSS = _measured("Loss", "loss", "loss", ".4f", min, True)
-ACCURACY = _measured("Accuracy", "accuracy (%)", "acc", ".2f", max, False)
+ACCURACY = _measured("Accuracy (%)", "accuracy (%)", "acc", ".2f", max, False)
 CURVES = (
     LOSS,
     ACCURACY,
     Curve("Learning rate", "learning rate", (Line("learning rate", "train", "lr"),), ".3g"),
     Curve("Gradient norm", "gradient norm", (Line("gradient norm", "train", "grad_norm"),), ".4g", log=True),
-    Curve("Throughput", "images a second", (Line("images a second", "train", "img_s"),), ".0f"),
+    Curve("Throughput (images a second)", "images a second", (Line("images a second", "train", "img_s"),), ".0f"),
 )
 
 
@@ -113,7 +113,8 @@ def draw(axes: Any, curve: Curve, records: list[RunRecord]) -> None:
     axes.set(xlabel="images" if by_images else "update", ylabel=curve.label)
     axes.grid(alpha=0.3)
     finite = np.concatenate([*shown, [math.nan]])
-    if curve.log and np.nanmin([*finite, 1.0]) > 0:
+    low, high = np.nanmin([*finite, math.inf]), np.nanmax([*finite, 0.0])
+    if curve.log and 0 < 10 * low <= high:  # within a decade a log axis has hardly a readable tick
         axes.set_yscale("log")
     if curve is ACCURACY and shown:
         late = [row["test_acc"] for r in records for row in r.evaluated[len(r.evaluated) // 4 :]]

@@ -56,7 +56,7 @@ def facts(record: RunRecord) -> dict[str, str]:
         "Cost": _cost(record, machine),
         "Machine": _parts(
             machine.get("cpu"),
-            _with(number(machine, "threads"), "{:.0f} threads"),
+            (count := number(machine, "threads")) and f"{count:.0f} thread{'s' * (count != 1)}",
             (machine.get("gpu") or "no GPU") if machine else None,
             machine.get("system"),
         ),

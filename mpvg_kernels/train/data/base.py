@@ -42,7 +42,15 @@ class Data:
         self.config, self.device, self.world = config, device, world
         self.train_size, self.test_size = train_size, test_size
         self.accumulation = accumulation(config, world)
-        self.order = EpochOrder(train_size, config.batch, config.seed, config.aug.repeats, world, self.accumulation)
+        self.order = EpochOrder(
+            train_size,
+            config.batch,
+            config.seed,
+            config.aug.repeats,
+            world,
+            self.accumulation,
+            config.data.max_updates,
+        )
         self.steps = self.order.steps
         self._bad: list[dict[str, Any]] = []
 
@@ -64,7 +72,7 @@ class Data:
         """This process's part of the held-out images: x and y as in training, weight (B,) fp32.
 
         There are as many batches, and as large ones, on every process; the weight is 0 for what pads them and for an
-        image that can't be read, else 1. Together the processes have each image once.
+        image that can't be read, else 1. Together the processes have each image once, or data.max_test_images of them.
         """
         raise NotImplementedError
 

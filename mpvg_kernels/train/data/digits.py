@@ -82,6 +82,7 @@ class Digits(Data):
             yield Batch(x[at], y[at])
 
     def test_batches(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        for positions in held_out(self.test_size, self.order.micro_batch, self.world):
+        most = self.config.data.max_test_images
+        for positions in held_out(self.test_size, self.order.micro_batch, self.world, most):
             at = torch.from_numpy(positions).to(self.device)
             yield self._normalise(self.test_x[at]), self.test_y[at], (at >= 0).float()

@@ -362,7 +362,9 @@ class ImageData(Data):
     def test_batches(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         self.keys.lists = (
             [(None, int(index), int(index)) for index in indices]
-            for indices in held_out(self.test_size, self.order.micro_batch, self.world)
+            for indices in held_out(
+                self.test_size, self.order.micro_batch, self.world, self.config.data.max_test_images
+            )
         )
         for x, y, weight, bad in self.loader.batches():
             self._bad += bad

@@ -89,6 +89,7 @@ class EpochOrder:
     number of images there are. Step s takes the positions [s*batch, (s+1)*batch) of the list, and process r every
     world.size-th of these, beginning with its rank: so another number of processes sees the same updates, and the
     repeats of an image go to different processes (repeated augmentation, Hoffer et al. 2020, as DeiT has it).
+    `max_updates` ends an epoch early: the rest of its list is not seen.
 
     Attributes:
         steps: updates of an epoch.
@@ -98,12 +99,22 @@ class EpochOrder:
         InputError: there are fewer images than a batch.
     """
 
-    def __init__(self, n: int, batch: int, seed: int, repeats: int, world: World, accumulation: int):
+    def __init__(
+        self,
+        n: int,
+        batch: int,
+        seed: int,
+        repeats: int,
+        world: World,
+        accumulation: int,
+        max_updates: int | None = None,
+    ):
         self.n, self.batch, self.seed, self.repeats = n, batch, seed, repeats
         self.world, self.accumulation = world, accumulation
         self.steps, self.micro_batch = n // batch, batch // world.size // accumulation
         if not self.steps:
             raise InputError(f"config field batch is {batch}, expected at most the {n} training images")
+        self.steps = min(self.steps, max_updates or self.steps)
 
     def images(self, epoch: int) -> np.ndarray:
         """The image at each position of an epoch's list: (steps * batch,) int64."""
@@ -123,9 +134,13 @@ class EpochOrder:
             yield from np.split(self.positions(step), self.accumulation)
 
 
-def held_out(n: int, micro_batch: int, world: World) -> Iterator[np.ndarray]:
-    """This process's part of n held-out images in batches of as many and as large ones on every process; -1 pads."""
-    mine = np.arange(world.rank, n, world.size)
-    mine = np.pad(mine, (0, -(-n // world.size) - len(mine)), constant_values=-1)
+def held_out(n: int, micro_batch: int, world: World, most: int | None = None) -> Iterator[np.ndarray]:
+    """This process's part of n held-out images in batches of as many and as large ones on every process; -1 pads.
+
+    Of more than `most` images that many are taken, evenly over the whole list, in which classes often lie together.
+    """
+    count = min(n, most or n)
+    mine = np.arange(count)[world.rank :: world.size] * n // count
+    mine = np.pad(mine, (0, -(-count // world.size) - len(mine)), constant_values=-1)
     for start in range(0, len(mine), micro_batch):
         yield mine[start : start + micro_batch]

@@ -46,15 +46,21 @@ class HeldOutStream(IterableDataset):
     """Each process's part of a stream that every process reads as a whole, padded to the same number on all.
 
     Reading it whole costs the decoding of the others' images. It is what lets every image count once, though the
-    stream's length need not be known.
+    stream's length need not be known. With `most` the first images are read, at most that many, of which each worker
+    process has an equal share.
     """
 
-    def __init__(self, source: Any, transform: Any, mode: str, input_size: tuple[int, ...], world: World):
+    def __init__(
+        self, source: Any, transform: Any, mode: str, input_size: tuple[int, ...], world: World, most: int | None = None
+    ):
         self.source, self.transform, self.mode = source, transform, mode
-        self.input_size, self.world = input_size, world
+        self.input_size, self.world, self.most = input_size, world, most
 
     def __iter__(self) -> Iterator[Sample]:
-        stream = iter(self.source)
+        worker, stream = get_worker_info(), iter(self.source)
+        if self.most is not None:
+            rank, size = (worker.id, worker.num_workers) if worker else (0, 1)
+            stream = islice(stream, len(range(rank, self.most, size)))
         while group := list(islice(stream, self.world.size)):
             if self.world.rank < len(group):
                 image, label = group[self.world.rank]
@@ -97,7 +103,8 @@ class StreamData(Data):
         transform, test_transform = create_transforms(config, self.preprocessing)
         self.source = splits.train
         self.train = StreamImages(splits.train, transform, mode, config.seed, world)
-        self.test = HeldOutStream(splits.test, test_transform, mode, self.input_size, world)
+        most = config.data.max_test_images
+        self.test = HeldOutStream(splits.test, test_transform, mode, self.input_size, world, most)
         self.loader: Loader | None = None
 
     def _load(self, dataset: IterableDataset, drop_last: bool, *key: int | str) -> Iterator[tuple]:
