@@ -6,6 +6,7 @@ is imported by that command alone, so that `mpvg info` works without the extras.
 
 import argparse
 import contextlib
+import io
 import json
 import logging
 import os
@@ -15,6 +16,7 @@ import textwrap
 from pathlib import Path
 
 from .train import InputError, Stopped, TrainingError, near_matches
+from .train.run_folder import finite, printable, show, write_json
 from .train.signals import EXIT_SAVED
 
 # The extra that brings a package, for a message in place of an ImportError.
@@ -55,7 +57,7 @@ def train(args: argparse.Namespace, fields: list[str]) -> int:
         out, recipe = smoke.run_folder(out, recipe, args.resume), f"{recipe.removesuffix('-smoke')}-smoke"
         logging.getLogger(__package__).info(smoke.cuts(whole, resolved))
     if args.print_config:
-        print(json.dumps(config.to_dict(resolved), indent=2))
+        show(json.dumps(config.to_dict(resolved), indent=2))
         return 0
     from .train import loop
 
@@ -106,7 +108,7 @@ def evaluate(args: argparse.Namespace, fields: list[str]) -> int:
         progress=True,
     )
     if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
-        print(evaluate.describe(result))
+        show(evaluate.describe(result))
         write_result(args.json, result)
     return 0
 
@@ -132,7 +134,7 @@ def analyze(args: argparse.Namespace, fields: list[str]) -> int:
     options = {"split": split, "folder": args.folder, "images": args.images, "out": args.out}
     result = analyze.analyze_run(args.run_folder, args.weights, fields, **options)
     analyze.warn(result)
-    print(analyze.describe(result))
+    show(analyze.describe(result))
     write_result(args.json, result)
     return 0
 
@@ -144,14 +146,20 @@ def at_least_1(text: str) -> int:
     return int(text)
 
 
+def new_file(text: str) -> Path:
+    """A file that can be made: that there is no folder for it is said before the work, not after it."""
+    path = Path(text)
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{path.parent} is not a folder: make it, or choose another place")
+    return path
+
+
 def write_result(path: Path | None, result: dict) -> None:
     """Write what a command found as JSON, where it was asked for."""
-    from .train import checkpoint, run_folder
-
     if path is None:
         return
     try:
-        checkpoint.write_json(path, run_folder.finite(result))
+        write_json(path, finite(result))
     except OSError as error:
         raise InputError(f"{path} can't be written ({error.strerror})") from None
 
@@ -164,9 +172,9 @@ def export(args: argparse.Namespace, _: list[str]) -> int:
     try:
         done = export.export(args.source, args.format, args.out, **options)
     except export.CheckError as error:
-        print(f"mpvg: {error}", file=sys.stderr)
+        show(f"mpvg: {printable(str(error))}", sys.stderr)
         return 1
-    print(export.describe(done, args.format, args.batch))
+    show(export.describe(done, args.format, args.batch))
     paths = {"path": str(done.path), "card": str(done.card) if done.card else None}
     write_result(args.json, done._asdict() | paths | {"allowed": export.TOLERANCES[args.format]})
     return 0
@@ -180,7 +188,7 @@ def report(args: argparse.Namespace, fields: list[str]) -> int:
 
     options = {"out": args.out, "images": args.images, "use_model": not args.no_model}
     for path in report.report(args.folders, args.weights, fields, **options):
-        print(path)
+        show(path)
     return 0
 
 
@@ -207,7 +215,7 @@ def study(args: argparse.Namespace, fields: list[str]) -> int:
 def recipes(args: argparse.Namespace, _: list[str]) -> int:
     from .train import recipes
 
-    print("\n\n".join(recipes.describe(name) for name in recipes.names()))
+    show("\n\n".join(recipes.describe(name) for name in recipes.names()))
     return 0
 
 
@@ -285,7 +293,7 @@ def parser() -> Parser:
     sub.add_argument(
         "--out", metavar="DIR", type=Path, help="where figures and pictures go (default: RUN/eval/WEIGHTS-SPLIT)"
     )
-    sub.add_argument("--json", metavar="FILE", type=Path, help="write the result there as well")
+    sub.add_argument("--json", metavar="FILE", type=new_file, help="write the result there as well")
     sub.add_argument("--latency", action="store_true", help="measure latency and throughput by batch size too")
     sub.add_argument("--batch-sizes", metavar="N", type=at_least_1, nargs="+", help="of --latency (default: 1 8 64)")
     sub = command("predict", predict, "classify images with a run's model, or one in timm's format")
@@ -314,7 +322,7 @@ def parser() -> Parser:
         type=Path,
         help="where pictures and analysis.json go (default: RUN/analysis/WEIGHTS-SPLIT)",
     )
-    sub.add_argument("--json", metavar="FILE", type=Path, help="write the numbers there as well")
+    sub.add_argument("--json", metavar="FILE", type=new_file, help="write the numbers there as well")
     sub = command("export", export, "write a run's model, or one of random weights, for other programs, and check it")
     sub.add_argument(
         "source",
@@ -334,7 +342,7 @@ def parser() -> Parser:
     sub.add_argument(
         "--no-fresh-check", dest="fresh_check", action="store_false", help="do not load it in a fresh process as well"
     )
-    sub.add_argument("--json", metavar="FILE", type=Path, help="write path, card and difference there as well")
+    sub.add_argument("--json", metavar="FILE", type=new_file, help="write path, card and difference there as well")
     sub = command(
         "report",
         report,
@@ -344,7 +352,10 @@ def parser() -> Parser:
     sub.add_argument("folders", metavar="RUN", type=Path, nargs="+", help="run folder; several are compared")
     sub.add_argument("--weights", choices=("best", "last", "ema"), default="last", help="which weights (default: last)")
     sub.add_argument(
-        "--out", metavar="FILE.html", type=Path, help="default: RUN/report.html; of several runs comparison.html beside"
+        "--out",
+        metavar="FILE.html",
+        type=new_file,
+        help="default: RUN/report.html; of several runs comparison.html beside",
     )
     sub.add_argument("--images", metavar="N", type=int, default=24, help="sample images to show (default: 24)")
     sub.add_argument("--no-model", action="store_true", help="read the logs alone: no predictions, nothing evaluated")
@@ -393,6 +404,11 @@ def log_shown():
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line `argv` (default: the process's own); returns the exit code."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # whoever started us has closed it
+            setattr(sys, name, open(os.devnull, "w"))
+    if argv is None and isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # not every terminal has the letters that names have
     try:
         args, rest = parser().parse_known_args(argv)
         if rest and args.run not in (train, evaluate, analyze, report, study):
@@ -402,7 +418,7 @@ def main(argv: list[str] | None = None) -> int:
     except (InputError, TrainingError, Stopped) as error:
         # What many processes agreed on, the first one says.
         if not getattr(error, "shared", False) or os.environ.get("RANK", "0") == "0":
-            print(f"mpvg: {error}", file=sys.stderr)
+            show(f"mpvg: {printable(str(error))}", sys.stderr)
         return {InputError: 2, TrainingError: 1, Stopped: EXIT_SAVED}[type(error)]
     except ModuleNotFoundError as error:
         name = (error.name or "").partition(".")[0]
@@ -411,7 +427,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"mpvg: {name} is not installed; `pip install 'mpvg_kernels[{EXTRAS[name]}]'` brings it", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("mpvg: interrupted", file=sys.stderr)
+        show("mpvg: interrupted", sys.stderr)
         return 130
 
 

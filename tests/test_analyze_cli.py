@@ -141,3 +141,13 @@ def test_bad_input(run, tmp_path, capsys):
     assert "the images have 16x16 pixels and the model of" in said
     with pytest.raises(InputError, match="expected 1 or more"):
         analyze.analyze_run(run, images=0)
+
+
+def test_numbers_that_are_not_finite_are_not_drawn(run, tmp_path, capsys):
+    copy = RunFolder(shutil.copytree(run, tmp_path / "run"))
+    model = copy.model()
+    torch.nn.init.constant_(model.pos_embed, float("inf"))
+    copy.save("last", model)
+    _, warnings = mpvg(capsys, copy.path, "--out", tmp_path / "out")
+    assert any("not finite: nothing is drawn" in line for line in warnings) and files(tmp_path / "out") == set()
+    assert json.loads((tmp_path / "out" / "analysis.json").read_text())["layers"][-1]["pos_norm"] is None

@@ -16,8 +16,9 @@ import torch
 
 import mpvg_kernels as mk
 from mpvg_kernels import __main__ as cli
-from mpvg_kernels import demo
-from mpvg_kernels.train import checkpoint, config, metrics, recipes
+from mpvg_kernels import backends, demo
+from mpvg_kernels.train import InputError, checkpoint, config, metrics, recipes
+from mpvg_kernels.train.run_folder import whole_file
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.xdist_group(__name__)  # one run for all tests
@@ -393,9 +394,62 @@ def test_spoilt_run_folder(copy, capsys, spoil, message):
     assert message in fails(capsys, "eval", copy)
 
 
+@pytest.mark.parametrize("command", ["eval RUN --json", "analyze RUN --json", "report RUN --out", "export RUN --json"])
+def test_no_place_for_a_result_is_said_before_the_work(command, copy, tmp_path, capsys):
+    args = [copy if part == "RUN" else part for part in command.split()]
+    if args[0] == "export":
+        args += ["--format", "safetensors"]
+    message = fails(capsys, *args[:3], tmp_path / "no" / "r.html", *args[3:])
+    assert f"{tmp_path / 'no'} is not a folder: make it" in message and not (copy / "eval").exists()
+
+
+@pytest.mark.parametrize("command", ["eval RUN", "analyze RUN", "predict RUN x.png", "export RUN --format pt2"])
+def test_a_backend_that_there_is_not(command, run, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with mk.use_backend("triton" if not torch.cuda.is_available() else "cpp"):
+        args = [run[0] if part == "RUN" else part for part in command.split()]
+        monkeypatch.setattr(backends, "_runs", lambda *_: False)
+        backends._choose.cache_clear()
+        message = fails(capsys, *args)
+    backends._choose.cache_clear()
+    assert "can't run on a" in message and not list(tmp_path.iterdir())
+
+
 def test_json_that_cannot_be_written(copy, tmp_path, capsys):
-    assert cli.main(["eval", str(copy), "--json", str(tmp_path / "no" / "r.json")]) == 2
-    assert "r.json can't be written (No such file or directory)" in capsys.readouterr().err
+    assert cli.main(["eval", str(copy), "--json", str(tmp_path)]) == 2
+    assert f"{tmp_path} can't be written (Is a directory)" in capsys.readouterr().err
+
+
+def test_a_result_goes_through_a_pipe_or_a_link(tmp_path):
+    """A device in the file's place stays what it is: root's /dev/null was replaced by a file."""
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    cli.write_result(tmp_path / "pipe", {"acc": 1.0})
+    assert (tmp_path / "pipe").is_fifo() and json.loads(os.read(reader, 99)) == {"acc": 1.0}
+    os.close(reader)
+    (tmp_path / "link").symlink_to("file")
+    cli.write_result(tmp_path / "link", {"acc": 2.0})
+    assert (tmp_path / "link").is_symlink() and json.loads((tmp_path / "file").read_text()) == {"acc": 2.0}
+    with pytest.raises(InputError, match="Is a directory"):
+        cli.write_result(Path("."), {})
+    assert {path.name for path in tmp_path.iterdir()} == {"pipe", "link", "file"}
+
+
+def test_two_processes_may_write_one_file(tmp_path, monkeypatch):
+    processes = iter((1, 2))
+    monkeypatch.setattr(os, "getpid", lambda: next(processes))
+    with whole_file(tmp_path / "a") as first, whole_file(tmp_path / "a") as second:
+        first.write("first")
+        second.write("second")
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["first"]
+
+
+def test_names_do_not_break_a_message_of_one_line(copy, tmp_path, capsys):
+    for name in ("a\nb", "\x1b[31mred", "caf\udce9"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        (tmp_path / "images" / name / "x.png").write_text("")
+    message = fails(capsys, "eval", copy, "--folder", tmp_path / "images")
+    assert r"\x1b[31mred, a\nb, caf\udce9" in message
 
 
 @pytest.mark.parametrize("missing", ["tyro", "sklearn.datasets", "matplotlib.figure"])

@@ -3,7 +3,9 @@
 import csv
 import json
 import math
+import os
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -136,6 +138,8 @@ def test_of_equal_logits_the_first_counts():
     top, prob, _ = evaluate.top_classes(logits)
     assert torch.equal(top[:, 0], logits.argmax(-1)) and prob.dtype == torch.float32
     assert all(len(set(row)) == 5 for row in top.tolist())
+    logits[:100, ::2] = math.nan
+    assert torch.equal(evaluate.top_classes(logits)[0][:, 0], logits.argmax(-1))
 
 
 def test_default_batch():
@@ -363,13 +367,30 @@ def test_eval_of_timms_own_model(folder, tmp_path, capsys):
     assert "24 images" in capsys.readouterr().out and (run / "eval" / "last-train" / "result.json").exists()
 
 
-def test_weights_that_are_not_finite_give_valid_json(run, folder, tmp_path):
+def test_names_that_are_no_text(tmp_path):
+    result = evaluate.summary(hand_made(), 3, ["a", "b\nb", "c\udce9"])
+    out = evaluate.write(result, result.pop("confusion"), ["a", "b\nb", "c\udce9"], tmp_path)
+    with open(f"{out}/per_class.csv", newline="", encoding="utf-8") as file:
+        assert [row["name"] for row in csv.DictReader(file)] == ["a", "b\nb", r"c\udce9"]
+
+
+def test_the_result_is_written_though_nobody_reads_what_is_printed(run, tmp_path, monkeypatch):
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as out:
+        monkeypatch.setattr(sys, "stdout", out)
+        assert mpvg("eval", run, "--out", tmp_path, "--json", tmp_path / "r.json") == 0
+    assert json.loads((tmp_path / "r.json").read_text())["images"] == 13
+
+
+def test_weights_that_are_not_finite_give_valid_json(run, folder, tmp_path, capsys):
     copy = RunFolder(shutil.copytree(run, tmp_path / "run"))
     model = copy.model()
     nn.init.constant_(model.head.bias, math.nan)
     copy.save("last", model)
     assert mpvg("eval", copy.path) == 0
     assert json.loads((copy.path / "eval/last-validation/result.json").read_text())["loss"] is None
+    assert "its accuracy means nothing" in capsys.readouterr().out
 
 
 def test_a_folder_that_can_not_be_written(run, tmp_path, capsys):

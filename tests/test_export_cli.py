@@ -194,6 +194,21 @@ def test_a_file_that_differs_is_not_kept(format, wrong, run, tmp_path, capsys, m
     assert not list(tmp_path.iterdir())
 
 
+def test_names_that_are_no_text_and_weights_that_are_no_numbers(tmp_path, capsys):
+    model = small_model("deit")
+    folder = tmp_path / "run"
+    RunFolder.create(folder, {"class_names": ["a", "b\nb", "c\udce9", "d", "e"]}).save("last", model)
+    mpvg(folder, "--format", "safetensors", "--out", tmp_path / "m")
+    assert r"c\udce9, d, e" in (tmp_path / "m" / "README.md").read_text(encoding="utf-8")
+    torch.nn.init.constant_(model.head.bias, torch.nan)
+    (folder / "run.json").write_text("[]")
+    assert "holds no JSON object" in fails(capsys, folder, "--format", "safetensors", "--out", tmp_path / "n")
+    (folder / "run.json").write_text('{"versions": [], "config": {}}')
+    RunFolder(folder).save("last", model)
+    said = fails(capsys, folder, "--format", "safetensors", "--out", tmp_path / "n")
+    assert "logits that are not finite" in said and not (tmp_path / "n").exists()
+
+
 def test_nothing_is_left_of_what_cannot_be_written(run, tmp_path, capsys, monkeypatch):
     def full(program, path, about):
         path.write_bytes(b"half")

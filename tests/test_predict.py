@@ -236,6 +236,21 @@ def test_a_failure_leaves_no_file(run, images, tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == ["p.json"] and (tmp_path / "p.json").read_text() == "from before"
 
 
+def test_names_that_are_no_text(run, images, tmp_path, monkeypatch, capsys):
+    file = tmp_path / os.fsdecode(b"caf\xe9\n.png")
+    shutil.copy(images / "x1.png", file)
+    assert mpvg(run, file) == 0
+    assert capsys.readouterr().out.startswith(f"{tmp_path}/caf\\udce9\\n.png  ")
+    assert mpvg(run, file, "--format", "csv", "--out", tmp_path / "p.csv") == 0
+    assert f'"{tmp_path}/caf\\udce9\n.png",' in (tmp_path / "p.csv").read_text(encoding="utf-8")
+    # A terminal may have no letters but those of ASCII, and the output may be closed.
+    monkeypatch.setattr(sys, "argv", ["mpvg", "predict", str(run), str(images / "x1.png"), "--top", "6"])
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "ascii"))
+    assert cli.main() == 0 and b"gro\\xdfer Dachs" in sys.stdout.buffer.getvalue()
+    monkeypatch.setattr(sys, "stdout", None)
+    assert mpvg(run, images / "x1.png") == mpvg(run, images / "x1.png", "--format", "csv") == 0
+
+
 def test_a_reader_that_has_seen_enough(run, images, monkeypatch, capsys):
     """As `mpvg predict ... | head -1`: no traceback, nor an error when Python closes its output at the end."""
     reading, writing = os.pipe()

@@ -498,6 +498,7 @@ def edit(**changes):
         (edit(config={"optim": 3, "sched": [], "epochs": "many", "batch": "x"}, recipe=["x"]), None),
         (edit(versions=3, machine="x", class_names=7, command="mpvg", updates="all", flops=None), None),
         (edit(recipe="gone"), None),
+        (edit(recipe=None), None),
     ],
 )
 def test_runs_in_bad_shape(tmp_path, capsys, spoil, said):
@@ -566,7 +567,7 @@ def test_without_predictions(copy, capsys, spoil, said):
     [
         (["nowhere"], "nowhere is not a run folder"),
         (["run", "--out", "report.md"], "expected a name that ends in .html"),
-        (["run", "--out", "no/such/x.html"], "no/such/x.html can't be written (No such file or directory)"),
+        (["run", "--out", "no/such/x.html"], "no/such is not a folder: make it, or choose another place"),
         (["run", "--images", "-1"], "--images -1: expected 0 or more"),
         (["run", "--wieghts", "best"], "unknown option or config field 'wieghts'; did you mean 'weights'"),
         ([], "required: RUN"),

@@ -300,6 +300,11 @@ def test_without_images_there_are_the_accuracies(whole, monkeypatch, tmp_path):
     assert found["comparisons"] == without_cost(whole[0])["comparisons"]
 
 
+def test_half_a_line_of_the_costs_is_left_out(tmp_path):
+    (tmp_path / "costs.jsonl").write_text('{"run": "x", "wall_s": 1.0, "cpu_s"')
+    assert study._cost(tmp_path, runs_of(seeds=1), [])["runs"] == 0
+
+
 def test_other_fields_are_refused(whole, capsys):
     before = states(whole[0])
     assert start(whole[0], "--optim.lr", "1e-3") == 2
@@ -307,8 +312,9 @@ def test_other_fields_are_refused(whole, capsys):
     assert states(whole[0]) == before
 
 
-def test_stopped_and_killed_it_ends_in_the_same(whole, tmp_path, capsys):
+def test_stopped_and_killed_it_ends_in_the_same(whole, tmp_path, capsys, monkeypatch):
     out = tmp_path / "cut"
+    monkeypatch.setattr(study, "POLL_S", 0.02)  # a run of this size is over in half a second
 
     def stop():
         wait_for(lambda: states(out)[0] is not None)

@@ -19,9 +19,9 @@ from ..analysis.summary import SHOWN, summarise
 from ..train import InputError, TrainingError
 from ..train.config import from_args
 from ..train.data import open_images
-from ..train.distributed import pick_device
+from ..train.distributed import pick_backend, pick_device
 from ..train.loop import cpu_threads
-from ..train.run_folder import RunFolder, print_warning, reason, write_json
+from ..train.run_folder import RunFolder, print_warning, printable, reason, write_json
 from .pictures import save
 
 BATCH = 16
@@ -65,6 +65,7 @@ def analyze_run(
     if fields:
         config = from_args(config, list(fields), "mpvg analyze RUN")
     device = pick_device(config.device)
+    pick_backend(device)
     with cpu_threads(config.threads):
         model = run.model(weights).to(device)
         opened = open_images(config, device, split, folder=folder, class_names=run.info.get("class_names"))
@@ -101,12 +102,16 @@ def analyze_run(
         "bad": opened.bad,
         "definitions": DEFINITIONS,
     }
+    # Of numbers that are not finite axes can't be made; the last norm's output has those of all before it.
+    drawn = all(bool(norm.output_norms.isfinite().all()) for norm in summary.layers)
+    if not drawn:
+        result["left_out"].append(f"the {weights} weights give numbers that are not finite: nothing is drawn")
     out = out or run.path / "analysis" / f"{weights}-{place.replace('/', '_')}"
     written = [out / "analysis.json"]
     try:
         out.mkdir(parents=True, exist_ok=True)
         write_json(written[0], result)
-        for name, figure in draw(summary, shown).items():
+        for name, figure in draw(summary, shown).items() if drawn else ():
             written.append(out / f"{name}.png")
             save(figure, written[-1])
     except OSError as error:
@@ -136,11 +141,11 @@ def describe(result: dict[str, Any]) -> str:
                 f"{row['layer']!s:>5}  {value:>11}  {row['opposite_channels']:>17.1%}  {row['pos_norm']:>10.3f}"
             )
     if last := result["last_norm"]:
-        cosine = last["cosine_before_after"]["mean"]
+        cosine = "undefined" if (v := last["cosine_before_after"]["mean"]) is None else f"{v:.3f}"
         variance = "none" if (v := last["bias_variance"]["tokens"]) is None else f"{v:.2g}"
-        lines.append(f"last norm: variance of its bias {variance}, cosine of a token before and after it {cosine:.3f}")
+        lines.append(f"last norm: variance of its bias {variance}, cosine of a token before and after it {cosine}")
     lines.append(f"written: {Path(result['written'][0]).parent}")
-    return "\n".join(lines)
+    return "\n".join(map(printable, lines))
 
 
 def warn(result: dict[str, Any]) -> None:

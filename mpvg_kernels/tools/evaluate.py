@@ -8,6 +8,7 @@ Of every image the best classes, their probabilities and the loss are kept, neve
 
 import csv
 import dataclasses
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,14 +20,13 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .. import backends
 from ..train import InputError, TrainingError
 from ..train.config import Config, from_args
 from ..train.data import EvalImages, open_images
-from ..train.distributed import World, find_world, gather, pick_device, process_group, together
+from ..train.distributed import World, find_world, gather, pick_backend, pick_device, process_group, together
 from ..train.loop import cpu_threads, make_deterministic
 from ..train.model import autocast, create_model
-from ..train.run_folder import RunFolder, finite, print_warning, reason, write_json
+from ..train.run_folder import RunFolder, finite, print_warning, printable, reason, whole_file, write_json
 from . import latency, pictures
 from .pictures import most_confused
 
@@ -65,7 +65,8 @@ def top_classes(logits: Tensor, k: int = TOP) -> tuple[Tensor, Tensor, Tensor]:
     logits = logits.float()
     # Of equal logits topk takes any, argmax the first: accuracy must not depend on which of the two counts.
     best = logits.argmax(-1, keepdim=True)
-    top = logits.scatter(-1, best, torch.inf).topk(min(k, logits.shape[-1])).indices
+    ranked = logits.where(~logits.isnan(), -torch.inf).scatter(-1, best, torch.inf)  # nan would come before inf
+    top = ranked.topk(min(k, logits.shape[-1])).indices
     normaliser = logits.logsumexp(-1)
     return top, (logits.gather(-1, top) - normaliser[:, None]).exp(), normaliser
 
@@ -273,10 +274,7 @@ def evaluate_run(
     config = dataclasses.replace(config, loss=dataclasses.replace(config.loss, distillation="none"))
     world = find_world()
     device = pick_device(config.device, world)
-    try:
-        backend = backends.resolve(device.type, config.compile)
-    except (ValueError, backends.BackendUnavailableError) as error:
-        raise InputError(str(error)) from None
+    backend = pick_backend(device, config.compile)
     if config.deterministic and device.type == "cuda":
         make_deterministic()
     with process_group(world, device, config), cpu_threads(config.threads):
@@ -354,11 +352,11 @@ def write(result: dict[str, Any], confusion: np.ndarray, class_names: Sequence[s
     try:
         out.mkdir(parents=True, exist_ok=True)
         write_json(out / "result.json", finite(result))
-        with open(out / "per_class.csv", "w", newline="", encoding="utf-8") as file:
+        with whole_file(out / "per_class.csv") as file:
             table = csv.DictWriter(file, result["per_class"][0])
             table.writeheader()
             table.writerows(result["per_class"])
-        with open(out / "confusion.csv", "w", newline="", encoding="utf-8") as file:
+        with whole_file(out / "confusion.csv") as file:
             table = csv.writer(file)
             table.writerow(("label", "predicted", "images"))
             for label, predicted in zip(*confusion.nonzero(), strict=True):
@@ -379,6 +377,8 @@ def describe(result: dict[str, Any]) -> str:
         f"{result['run']} ({result['weights']}) on {on}: accuracy {result['acc']:.2f} %{top5}, "
         f"loss {result['loss']:.4f}, calibration error {result['ece']:.2f} %, {result['images']} images"
     ]
+    if not math.isfinite(result["loss"]):
+        lines.append("the model's outputs are not all finite numbers: its accuracy means nothing")
     seen = [row for row in result["per_class"] if row["images"]]
     worst = sorted((row for row in seen if row["acc"] < 100), key=lambda row: row["acc"])[:TOP]
     if worst:
@@ -393,7 +393,7 @@ def describe(result: dict[str, Any]) -> str:
         files = ", ".join(f"{each['file']} ({each['reason']})" for each in bad[:TOP])
         lines.append(f"unreadable images, left out: {len(bad)}: {files}{', ...' if len(bad) > TOP else ''}")
     if "latency" in result:
-        lines.append(latency.table(result["latency"]))
+        lines += latency.table(result["latency"]).split("\n")
     if result.get("written"):
         lines.append(f"written: {result['written']}")
-    return "\n".join(lines)
+    return "\n".join(map(printable, lines))

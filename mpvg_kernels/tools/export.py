@@ -33,7 +33,8 @@ from torch import Tensor, nn
 from .. import backends
 from ..models.patches import check_divides
 from ..train import InputError, near_matches
-from ..train.run_folder import WEIGHTS, RunFolder, open_model
+from ..train.distributed import pick_backend
+from ..train.run_folder import WEIGHTS, RunFolder, open_model, whole_file
 from . import model_card
 from .loading import FreshProcessError, in_fresh_process
 
@@ -117,6 +118,7 @@ def export(
         ModuleNotFoundError: ONNX's packages are not installed.
     """
     _check_options(format, batch, kernels, opset, device)
+    pick_backend(device)
     found = _open(source, weights, scheme)
     path = (out or Path(found.name + SUFFIXES[format])).absolute()
     card_path = path.with_name(path.name + ".md") if card and format != "safetensors" else None
@@ -131,13 +133,15 @@ def export(
     needs_package = kernels or (format == "safetensors" and type(model).__module__.startswith("mpvg_kernels."))
     about = _about(model)
     # With the suffix last: torch wants packages to end in .pt2.
-    tmp = path.with_name(f".{path.stem}.tmp{path.suffix}")
+    tmp = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
     tmp_card = tmp.with_name(f"{tmp.name}.md")
     try:
         with torch.no_grad():
             # One image and an odd number: traced with two, a program for any batch has to take both.
             images = _random_images((batch,) if batch else (1, 3), input_size)
             expected = [model(x.to(device)).cpu() for x in images]
+            if not all(x.isfinite().all() for x in expected):
+                raise InputError(f"{found.what} gives logits that are not finite, so that no export can be checked")
             if format == "safetensors":
                 again = _write_safetensors(model, tmp)
             else:
@@ -163,7 +167,9 @@ def export(
                 path.name, tmp, format, about, batch, kernels, device, needs_package, input_size != own_size,
                 difference, TOLERANCES[format], fresh_check,
             )  # fmt: skip
-            (tmp_card if card_path else tmp / "README.md").write_text(model_card.model_card(found, made))
+            with whole_file(tmp_card if card_path else tmp / "README.md") as file:
+                file.write(model_card.model_card(found, made))
+        _check_places(path, card_path, format)  # once more: another process may have been as far as this one
         os.replace(tmp, path)
         if card_path:
             os.replace(tmp_card, card_path)

@@ -20,6 +20,7 @@ from ..train import InputError
 from ..train.config import Config, field_names, get, without_effect
 from ..train.record import collect, number
 from ..train.report import FAIR
+from ..train.run_folder import cpu_name
 from ..train.table import Table, figure_of
 from .loading import usage
 
@@ -279,16 +280,6 @@ def _target(device: str) -> str:
         major, minor = torch.cuda.get_device_capability()
         return f"{torch.cuda.get_device_name()} (compute capability {major}.{minor})"
     return f"{platform.system()} {platform.machine()} and this kind of processor ({cpu_name()})"
-
-
-def cpu_name() -> str:
-    """The processor's name."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _bytes(count: float) -> str:

@@ -14,6 +14,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
 from ..train.curves import plain
+from ..train.run_folder import whole_file
 
 # Not green and red, which many people can't tell apart; marks and frames say it as well.
 RIGHT, WRONG = "C0", "C1"
@@ -40,7 +41,9 @@ def save(figure: Figure, path: Path, dpi: int = 100) -> None:
     Raises:
         OSError: it can't be written.
     """
-    path.write_bytes(png(figure, dpi))
+    data = png(figure, dpi)
+    with whole_file(path, "wb") as file:
+        file.write(data)
 
 
 def short(name: str, length: int = 18) -> str:

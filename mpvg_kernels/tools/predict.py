@@ -26,8 +26,8 @@ from ..train.config import Config
 from ..train.data.evaluation import IndexedImages
 from ..train.data.images import UnreadableImage
 from ..train.data.sources import EXTENSIONS, Split
-from ..train.distributed import pick_device
-from ..train.run_folder import RunFolder, finite, open_model, print_warning
+from ..train.distributed import pick_backend, pick_device
+from ..train.run_folder import RunFolder, discard, finite, open_model, print_warning, printable, whole_file
 from .evaluate import TOP, top_classes
 
 FORMATS = ("table", "json", "csv")
@@ -173,7 +173,7 @@ def _table(file: IO[str], top: int, width: int):
     def write(row: dict[str, Any]) -> None:
         if "error" not in row:  # which stderr has
             best = (f"{each['name']} {100 * each['probability']:5.1f} %" for each in row["predictions"])
-            print(f"{row['file']:<{width}}  {'   '.join(best)}", file=file)
+            print(printable(f"{row['file']:<{width}}  {'   '.join(best)}"), file=file)
 
     return (lambda: None), write, (lambda: None)
 
@@ -202,7 +202,7 @@ def _csv(file: IO[str], top: int, width: int):
 
 @contextlib.contextmanager
 def opened(out: Path | None) -> Iterator[IO[str]]:
-    """The standard output, or a file that gets its name when it is whole.
+    """The standard output, or a file (`whole_file`).
 
     Raises:
         InputError: it can't be written.
@@ -210,16 +210,11 @@ def opened(out: Path | None) -> Iterator[IO[str]]:
     if out is None:
         yield sys.stdout
         return
-    tmp = out.with_name(f".{out.name}.tmp")
     try:
-        with open(tmp, "w", newline="", encoding="utf-8") as file:
+        with whole_file(out) as file:
             yield file
-        os.replace(tmp, out)
     except OSError as error:
         raise InputError(f"{out} can't be written ({error.strerror}): choose another file with --out") from None
-    finally:
-        with contextlib.suppress(OSError):
-            tmp.unlink(missing_ok=True)
 
 
 def predict_files(
@@ -242,6 +237,7 @@ def predict_files(
         InputError: the model or `out` can't be had.
     """
     where = pick_device(device)
+    pick_backend(where)
     model, names = load(source, weights)
     files = list(find(paths))
     top = min(top, model.num_classes)
@@ -256,8 +252,7 @@ def predict_files(
         with opened(out) as file:
             good = write_rows(told(), format, file, top, min(max(map(len, files)), 60))
             file.flush()
-    except BrokenPipeError:  # `| head` has seen enough; what Python flushes at its end must have a place to go
-        with contextlib.suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # `| head` has seen enough
+        discard(sys.stdout)
         return 0
     return 0 if good else 1

@@ -33,7 +33,7 @@ from ..train.data import EvalImages, open_images
 from ..train.distributed import pick_device
 from ..train.record import RunRecord, collect_all, duration, finite_number, number
 from ..train.report import FAIR, MORE, facts, kept_sections, results_table
-from ..train.run_folder import print_warning
+from ..train.run_folder import print_warning, whole_file
 from ..train.table import Table, figure_of
 from . import pictures
 from .evaluate import Predictions, predictions, summary
@@ -139,7 +139,8 @@ def report(
     try:
         markdown = to_markdown(page) + (f"\n{MORE}\n\n{kept}\n" if kept else "")
         for path, text in ((out, to_html(page)), (twin, markdown)):
-            path.write_text(text, encoding="utf-8", errors="replace")  # names of files may be no text at all
+            with whole_file(path) as file:
+                file.write(text)
     except OSError as error:
         raise InputError(f"{error.filename or out} can't be written ({error.strerror})") from None
     return out, twin
@@ -280,7 +281,7 @@ def _flat(values: Any, prefix: str = "") -> dict[str, str]:
 
 
 def _recipe_difference(record: RunRecord) -> list[Block]:
-    name = record.info.get("recipe")
+    name = str(record.info.get("recipe", ""))  # a config of one's own has none
     try:
         expected, of = recipes.load(name), f"recipe {name}"
     except InputError:

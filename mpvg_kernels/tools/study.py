@@ -35,9 +35,10 @@ from ..analysis.quantities import bias_variance
 from ..train import InputError, Stopped, TrainingError, distributed, loop, recipes
 from ..train.config import Config, check_options, from_args, ignored
 from ..train.data.evaluation import open_images
-from ..train.metrics import read_log
+from ..train.metrics import parse_lines, read_log
 from ..train.model import ARGUMENTS, check_name
-from ..train.run_folder import RunFolder, lock_folder, print_warning, show, write_json
+from ..train.record import duration
+from ..train.run_folder import RunFolder, finite, lock_folder, print_warning, show, write_json
 from ..train.signals import PASSED_ON, Signals
 from . import study_report
 
@@ -183,7 +184,7 @@ def study(
             raise TrainingError(f"no run has succeeded; the first failed so: {next(iter(failed.values()))}")
         found = look_at(runs, recipe, fields, out, failed)
         try:
-            write_json(out / "study.json", found)
+            write_json(out / "study.json", finite(found))
             study_report.write(found, out)
         except OSError as error:
             raise TrainingError(
@@ -325,7 +326,7 @@ def train_runs(runs: Sequence[Run], recipe: str, out: Path, jobs: int) -> dict[s
                     outcome = f"{last_epoch(job.run)['test_acc']:.2f} %, {found['wall_s']:.0f} s"
                     seconds.append(found["wall_s"])
                 left = len(waiting) + len(at_work)
-                time_left = study_report.duration(sum(seconds) / len(seconds) * left / jobs) if left and seconds else ""
+                time_left = duration(sum(seconds) / len(seconds) * left / jobs) if left and seconds else ""
                 show(f"[{ready}/{len(runs)}] {job.run}: {outcome}{time_left and f'; about {time_left} left'}")
         finished = sum(map(is_finished, runs))
         if signals.received is not None and finished < len(runs):
@@ -409,8 +410,8 @@ def _look_at_norms(folder: RunFolder, x: torch.Tensor) -> tuple[float | None, di
 def _cost(out: Path, runs: Sequence[Run], folders: Sequence[RunFolder]) -> dict[str, Any]:
     """CPU and wall time of the runs, machines and versions: all that may be another when the study is repeated."""
     path, names = out / "costs.jsonl", {run.folder.name for run in runs}
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    lines = [line for line in lines if line["run"] in names]
+    lines = parse_lines(path)[0] if path.exists() else []
+    lines = [line for line in lines if line.get("run") in names]
     told = {"machines": [], "versions": []}
     for folder in folders:
         machine, versions = folder.info["machine"], folder.info["versions"]

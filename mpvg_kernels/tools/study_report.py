@@ -13,6 +13,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from ..train.record import duration
+from ..train.run_folder import whole_file
 from ..train.table import Table, figure_of
 from .pictures import save
 from .statistics import binomial_error, estimate, holm, sign_flip_test, t_test
@@ -273,14 +275,6 @@ def _cost(found: dict[str, Any]) -> str:
     return "\n".join(["## Command and cost", "", *lines])
 
 
-def duration(seconds: float) -> str:
-    """`40 s`, `12 min` or `3 h 20 min`."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
-
-
 # ---- pictures
 
 
@@ -396,4 +390,6 @@ def write(found: dict[str, Any], out: Path) -> None:
     save(draw_differences(found), out / "differences.png", dpi=DPI)
     if found["position"]["images"] is not None:
         save(draw_correlation(found), out / "correlation.png", dpi=DPI)
-    (out / "study.md").write_text(markdown(found))
+    text = markdown(found)
+    with whole_file(out / "study.md") as file:
+        file.write(text)

@@ -19,6 +19,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from .. import backends
 from . import InputError, TrainingError
 from .config import Config
 
@@ -87,6 +88,18 @@ def pick_device(name: str, world: World = World()) -> torch.device:  # noqa: B00
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return device
+
+
+def pick_backend(device: torch.device | str, compiled: bool = False) -> str:
+    """The kernels' backend on a device, in eager or in compiled code.
+
+    Raises:
+        InputError: MPVG_BACKEND names one that there is not, or that can't run there.
+    """
+    try:
+        return backends.resolve(torch.device(device).type, compiled)
+    except (ValueError, backends.BackendUnavailableError) as error:
+        raise InputError(str(error)) from None
 
 
 @contextlib.contextmanager

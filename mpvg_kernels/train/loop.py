@@ -93,10 +93,7 @@ class Trainer:
     ):
         self.config, self.world = config, world
         self.device = device or pick_device(config.device, world)
-        try:
-            self.backend = backends.resolve(self.device.type, config.compile)
-        except (ValueError, backends.BackendUnavailableError) as error:
-            raise InputError(str(error)) from None
+        self.backend = distributed.pick_backend(self.device, config.compile)
         if config.deterministic and self.device.type == "cuda":
             make_deterministic()
         # Where one fails all do; the first process goes first where there is something to download.

@@ -142,8 +142,6 @@ def collect(path: Path) -> RunRecord:
         InputError: it is not a run folder, or its run.json can't be read.
     """
     folder = RunFolder(path)
-    if not isinstance(folder.info, dict):
-        raise InputError(f"{path / 'run.json'} holds no JSON object; expected what `mpvg train` wrote")
     record = RunRecord(folder, path.resolve().name, folder.info)
     if not record.config:
         record.problems.append(f"{path / 'run.json'} has no config.")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from .curves import plot_curves, resumed_at
 from .record import RunRecord, collect, duration, finite_number, number, when
-from .run_folder import RunFolder
+from .run_folder import RunFolder, whole_file
 from .table import Table, escape, figure_of
 
 MORE = "<!-- mpvg report keeps what follows -->"
@@ -94,13 +94,14 @@ def write_report(run: RunFolder, sections: str = "") -> None:
 
 {lines}
 """
-    (run.path / "report.md").write_text(text + (f"\n{MORE}\n\n{sections.strip()}\n" if sections else ""))
+    with whole_file(run.path / "report.md") as file:
+        file.write(text + (f"\n{MORE}\n\n{sections.strip()}\n" if sections else ""))
 
 
 def kept_sections(path: Path) -> str:
     """What `write_report` was given as `sections` for the report at `path`; "" where there is none."""
     try:
-        return path.read_text(errors="replace").partition(f"\n{MORE}\n")[2].strip()
+        return path.read_text(encoding="utf-8", errors="replace").partition(f"\n{MORE}\n")[2].strip()
     except OSError:
         return ""
 

@@ -16,14 +16,15 @@ import errno
 import json
 import math
 import os
+import platform
 import re
 import shutil
 import socket
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 import safetensors
 import safetensors.torch
@@ -73,11 +74,33 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+@contextlib.contextmanager
+def whole_file(path: Path, mode: Literal["w", "wb"] = "w") -> Iterator[IO]:
+    """A file to write that gets its name when it is whole and on the disk; where that fails, nothing is left of it.
+
+    A link, or what is no regular file (/dev/stdout, a named pipe), is written to as it is, and stays what it is. Text
+    is UTF-8; bytes of names that are no text are escapes in it.
+    """
+    text = {} if "b" in mode else {"encoding": "utf-8", "newline": "", "errors": "backslashreplace"}
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        with open(path, mode, **text) as file:
+            yield file
+        return
+    tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # another process may be writing the same file
+    try:
+        with open(tmp, mode, **text) as file:
+            yield file
+        _replace(tmp, path)
+    finally:
+        with contextlib.suppress(OSError):
+            tmp.unlink(missing_ok=True)
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write `value` to `path` whole or not at all."""
-    tmp = path.with_name(f".{path.name}.tmp")
-    tmp.write_text(json.dumps(value, indent=2) + "\n")
-    _replace(tmp, path)
+    text = json.dumps(value, indent=2) + "\n"
+    with whole_file(path) as file:
+        file.write(text)
 
 
 def disk_error(error: BaseException | None) -> OSError | None:
@@ -98,14 +121,29 @@ def reason(error: BaseException) -> str:
 
 
 def show(text: str, file: IO[str] | None = None) -> None:
-    """Print a line; where the output goes to a disk that is full, or to nobody, the run is not to stop for that."""
-    with contextlib.suppress(OSError):
+    """Print a line; where the output goes to a disk that is full, or to nobody, the work is not to stop for that."""
+    try:
         print(text, file=file, flush=True)
+    except BrokenPipeError:
+        discard(file or sys.stdout)
+    except OSError:
+        pass
+
+
+def discard(stream: IO[str]) -> None:
+    """Let a stream that nobody reads any more (`| head`) end nowhere: Python flushes it once more at its end."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def printable(text: str) -> str:
+    """Text on one line of a terminal: what names may hold of line ends, control characters and bytes, as escapes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def print_warning(message: str) -> None:
     """Say a warning on stderr."""
-    show(f"mpvg: warning: {message}", sys.stderr)
+    show(f"mpvg: warning: {printable(message)}", sys.stderr)
 
 
 class RunFolder:
@@ -134,6 +172,8 @@ class RunFolder:
             raise InputError(
                 f"{self.path / 'run.json'} can't be read ({error}); expected the JSON of `mpvg train`"
             ) from None
+        if not isinstance(self.info, dict):
+            raise InputError(f"{self.path / 'run.json'} holds no JSON object; expected the JSON of `mpvg train`")
 
     @classmethod
     def create(cls, path: str | Path, info: dict[str, Any]) -> "RunFolder":
@@ -144,9 +184,9 @@ class RunFolder:
         """
         path = Path(path)
         taken = f"{path} exists and nothing is overwritten: choose another folder with --out, or remove this one"
-        ours = {".lock", ".run.json.tmp"}  # all that is there when a start was cut off before it wrote run.json
+        ours = (".lock", ".run.json.")  # all that is there when a start was cut off before it wrote run.json
         try:
-            if path.is_dir() and not {file.name for file in path.iterdir()} <= ours:
+            if path.is_dir() and not all(file.name.startswith(ours) for file in path.iterdir()):
                 raise InputError(taken)
             path.mkdir(parents=True, exist_ok=True)
             lock_file = lock_folder(path)
@@ -204,7 +244,8 @@ class RunFolder:
         """
         if "config" not in self.info:
             raise InputError(f"{self.path / 'run.json'} has no config; expected the JSON of `mpvg train`")
-        return from_dict(self.info["config"], self.info.get("versions", {}).get("mpvg_kernels"))
+        versions = self.info.get("versions")
+        return from_dict(self.info["config"], versions.get("mpvg_kernels") if isinstance(versions, dict) else None)
 
     def note_start(self, **start: Any) -> None:
         """Add a line to starts.jsonl; log.jsonl stays free of what differs between a resumed run and a whole one."""
@@ -355,19 +396,23 @@ def lock_folder(folder: Path) -> IO[str] | None:
     return file
 
 
+def cpu_name() -> str:
+    """The processor's name."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
 def machine() -> dict[str, Any]:
     """The machine and the versions that a result depends on."""
-    import platform
-
     import sklearn
     import torchvision
 
     from .. import __version__
 
-    cpu = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        names = [line.partition(":")[2].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
-        cpu = names[0] if names else cpu
     return {
         "versions": {
             "mpvg_kernels": __version__,
@@ -379,7 +424,7 @@ def machine() -> dict[str, Any]:
         },
         "machine": {
             "system": f"{platform.system()} {platform.machine()}",
-            "cpu": cpu,
+            "cpu": cpu_name(),
             "threads": torch.get_num_threads(),
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         },
