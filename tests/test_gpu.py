@@ -16,9 +16,12 @@ import timm
 import torch
 from cases import TENSORS, Case, check, fused, gradients
 from test_pe_chain import Chain
+from torch.utils._pytree import tree_flatten
 
 import mpvg_kernels as mk
 from mpvg_kernels import backends
+from mpvg_kernels.analysis.diagnostics import pos_statistics
+from mpvg_kernels.analysis.summary import summarise
 
 pytestmark = [
     pytest.mark.gpu,
@@ -323,3 +326,19 @@ def test_sanitizer(tool):
     else:
         assert done.returncode == 0, output[-4000:]
     assert "every kernel ran and is right" in done.stdout
+
+
+def test_analysis_finds_what_it_finds_on_the_cpu():
+    """The numbers of `mpvg analyze` and of the looks while training."""
+    torch.manual_seed(0)
+    options = {"img_size": (32, 48), "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3, "num_classes": 5}
+    model, x = timm.create_model("mpvg_deit_tiny_patch16_224", scheme="mpvg", **options), torch.randn(3, 3, 32, 48)
+    found = []
+    for device in ("cpu", "cuda"):
+        model.to(device)
+        numbers = summarise(model, [x.to(device)]).numbers() | pos_statistics(model, x.to(device))
+        found.append(tree_flatten(numbers))
+    (on_cpu, cpu_shape), (on_gpu, gpu_shape) = found
+    assert cpu_shape == gpu_shape
+    for a, b in zip(on_cpu, on_gpu, strict=True):
+        assert a == b if isinstance(a, str | None) else b == pytest.approx(a, rel=1e-2, abs=1e-3), (a, b)
