@@ -22,6 +22,8 @@ Keys of a row besides status and note, as in harness.py; null or absent where it
     parts_ms                     where an update's time goes, from passes of their own: medians; the rest is less what
                                  the plain step has outside of its calls
     parts_percent                the parts beside the model step / step_ms: less noisy than overhead_percent
+    look_ms, look_percent, ...   a look at the position embedding, and its share of the plain steps between two of them
+                                 (config.log.pos_interval); the loop has one in its first update only
     megabytes                    of the tensors that are saved
     first_s, later_s             elapsed seconds that the first save, and the slowest of the later ones, take
     first_cpu_s, later_cpu_s     CPU seconds of the same
@@ -189,12 +191,17 @@ def overhead(case: str, config: configs.Config, input_size: tuple, num_classes: 
         for _ in range(updates):
             step(*data.batch)
 
+    def look() -> None:
+        trainer.pos_images = data.batch.x[: loop.POS_IMAGES]
+        trainer.pos_statistics()
+
     with make_run(trainer) as run:
-        variants = [Variant("plain", plain), Variant("loop", functools.partial(train_epoch, run))]
+        calls = {"plain": plain, "loop": functools.partial(train_epoch, run), "look": look}
+        variants = [Variant(name, call) for name, call in calls.items()]
         samples = harness.interleave(variants, rounds, harness.cpu_seconds, warm=False, min_sample_s=0)
         passes = []
         for _ in range(math.ceil(rounds / 3)):
-            of_plain, of_loop = parts(parts_of_step(step), plain), parts(parts_of_loop(run), variants[1].call)
+            of_plain, of_loop = parts(parts_of_step(step), plain), parts(parts_of_loop(run), calls["loop"])
             passes.append(of_loop | {"rest": of_loop["rest"] - of_plain["rest"]})
     ratio = harness.paired_ratio(samples["loop"], samples["plain"])
     row = {"step_ms": min(samples["plain"]) / updates * 1e3, "loop_ms": min(samples["loop"]) / updates * 1e3}
@@ -204,6 +211,10 @@ def overhead(case: str, config: configs.Config, input_size: tuple, num_classes: 
     row["parts_percent"] = (
         100 * sum(ms for part, ms in row["parts_ms"].items() if part != "model step") / row["step_ms"]
     )
+    of_interval = updates / config.log.pos_interval
+    look_ratio = harness.paired_ratio(samples["look"], samples["plain"])
+    row |= {"look_ms": min(samples["look"]) * 1e3, "look_percent": 100 * look_ratio.median * of_interval}
+    row["look_percent_ci95"] = [100 * bound * of_interval for bound in (look_ratio.low, look_ratio.high)]
     return row_of("overhead", case, OVERHEAD_BAR, row)
 
 
@@ -351,9 +362,9 @@ def _figure(row: dict[str, Any]) -> str:
     if row["op"] == "overhead":
         low, high = row["overhead_percent_ci95"]
         shares = f"{row['overhead_percent']:.2f} % [{low:.2f}, {high:.2f}], by parts {row['parts_percent']:.2f} %"
-        return f"{shares}, of {row['step_ms']:.1f} ms; " + ", ".join(
-            f"{p} {ms:.2f}" for p, ms in row["parts_ms"].items()
-        )
+        of_parts = ", ".join(f"{p} {ms:.2f}" for p, ms in row["parts_ms"].items())
+        look = f"a look at the PE {row['look_ms']:.1f} ms, {row['look_percent']:.2f} %"
+        return f"{shares}, of {row['step_ms']:.1f} ms; {of_parts}; {look}"
     if row["op"] == "images":
         low, high = row["vs_timm_ci95"]
         speeds = f"{row['img_s']:.1f} img/s, timm loop {row['timm_img_s']:.1f}"

@@ -416,6 +416,8 @@ def test_the_trainer_against_plain_loops(tmp_path, capsys):
         assert row["parts_percent"] < 100 * row["loop_ms"] / row["step_ms"]
         low, high = row["overhead_percent_ci95"]
         assert low <= row["overhead_percent"] <= high
+        low, high = row["look_percent_ci95"]
+        assert row["look_ms"] > 0 and 0 < low <= row["look_percent"] <= high
     weights = rows[3]["megabytes"]
     assert rows[2]["megabytes"] == pytest.approx(4 * weights)  # with their average and Adam's two moments
     assert all(row["vs_timm"] > 0 for row in rows[4:])
