@@ -454,15 +454,9 @@ def test_confusion_matrix(classes):
     assert pictures.png(figure) == pictures.png(pictures.confusion_matrix(confusion))
 
 
-def test_reliability_diagram_and_grid():
+def test_reliability_diagram():
     rows, error = evaluate.calibration(torch.tensor([0.9, 0.4]), torch.tensor([True, True]))
     figure = pictures.reliability_diagram(rows, error)
     heights = [bar.get_height() for bar in figure.axes[0].patches]
     assert heights[:2] == [100.0, 100.0] and heights[2:] == pytest.approx([-60, -10], abs=1e-4)
     assert "35.00 %" in figure.axes[0].get_title() and pictures.png(figure).startswith(b"\x89PNG")
-    images = [np.zeros((8, 8), np.uint8), np.zeros((16, 12, 3), np.uint8), np.zeros((8, 8), np.uint8)]
-    figure = pictures.image_grid(images, ["a", "b\nc", "d"], [True, False, None], columns=2)
-    assert [axes.get_xlabel() for axes in figure.axes] == ["✓ a", "✗ b\nc", "d", ""]
-    assert pictures.png(figure).startswith(b"\x89PNG")
-    with pytest.raises(ValueError, match="pictures is empty"):
-        pictures.image_grid([])

@@ -1,4 +1,4 @@
-"""Pictures that several commands draw: confusion matrix, reliability diagram, images with captions.
+"""Pictures that several commands draw: confusion matrix and reliability diagram.
 
 Each function gives a matplotlib Figure; `png` and `save` make a file of it. Figure alone is used and never pyplot, so
 that there is no global state and no display is needed. All are narrow enough for a phone: one panel a row.
@@ -179,49 +179,4 @@ def reliability_diagram(bins: Sequence[Mapping[str, float]], ece: float) -> Figu
     for each in (axes, below):
         each.grid(alpha=0.3)
         each.set_axisbelow(True)
-    return figure
-
-
-def image_grid(
-    pictures: Sequence[np.ndarray],
-    captions: Sequence[str] | None = None,
-    right: Sequence[bool | None] | None = None,
-    *,
-    columns: int = 4,
-) -> Figure:
-    """Images in rows, with captions under them.
-
-    Args:
-        pictures: each (H, W, 3) or (H, W), uint8, as `EvalImages.picture` gives them.
-        captions: a line or two for each.
-        right: whether the prediction is right: a blue frame and ✓, or an orange frame and ✗; None marks nothing.
-        columns: images a row.
-
-    Raises:
-        ValueError: there are no pictures.
-    """
-    if not len(pictures):
-        raise ValueError("pictures is empty, expected one image or more")
-    captions = captions or [""] * len(pictures)
-    right = right or [None] * len(pictures)
-    columns = min(columns, len(pictures))
-    rows = -(-len(pictures) // columns)
-    lines = max(text.count("\n") + 1 for text in captions) if any(captions) else 0
-    ratio = max(len(picture) / picture.shape[1] for picture in pictures)
-    width = 1.5
-    figure = Figure((width * columns, rows * (width * min(ratio, 2) + 0.17 * lines + 0.06)), layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.04, h_pad=0.02, hspace=0.02, wspace=0.02)
-    for i, axes in enumerate(figure.subplots(rows, columns, squeeze=False).flat):
-        if i >= len(pictures):
-            axes.axis("off")
-            continue
-        picture, mark, text = pictures[i], right[i], captions[i]
-        axes.imshow(picture, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-        axes.set(xticks=[], yticks=[])
-        colour = "0.7" if mark is None else RIGHT if mark else WRONG
-        for spine in axes.spines.values():
-            spine.set(color=colour, lw=1 if mark is None else 3)
-        if mark is not None:
-            text = f"{'✓' if mark else '✗'} {text}"
-        axes.set_xlabel(text, fontsize=8, labelpad=3, color="black" if mark in (None, True) else "C3")
     return figure
