@@ -93,7 +93,7 @@ class OneBatch(Data):
 
 def make_trainer(config: configs.Config, data: Data) -> loop.Trainer:
     """A trainer of these data on the CPU."""
-    with mock.patch.object(loop, "create_data", lambda *_: data):
+    with mock.patch.object(classification, "create_data", lambda *_: data):
         return loop.Trainer(dataclasses.replace(config, epochs=EPOCHS, device="cpu"))
 
 
@@ -333,7 +333,7 @@ def images(root: Path, workers: int, batch: int, size: int, rounds: int) -> dict
         dataclasses.replace(recipe.optim, lr_base_batch=None, ema_decay=None),
     )
     config = dataclasses.replace(recipe, data=data, aug=aug, optim=optim, batch=batch, amp="none", device="cpu")
-    trainer = make_trainer(config, loop.create_data(config, torch.device("cpu"), World()))
+    trainer = make_trainer(config, create_data(config, torch.device("cpu"), World()))
     try:
         with make_run(trainer) as run:
             variants = [Variant("timm", TimmLoop(trainer)), Variant("loop", functools.partial(train_epoch, run))]

@@ -189,15 +189,19 @@ def test_a_part_of_the_held_out_images_is_spread_over_all(most, expected):
 @pytest.mark.parametrize("size", [1, 2])
 @pytest.mark.parametrize("changes", [{}, {"aug__repeats": 3, "aug__mixup": 0.8}], ids=["plain", "repeats and mixup"])
 def test_short_epochs(folder, size, changes):
-    short = {"data__max_updates": 2, "data__max_test_images": 5, "batch": 4, **changes}
+    short = {"data__epoch_updates": 2, "data__max_test_images": 5, "batch": 4, **changes}
     for found in (change(config.Config(), **short), of(folder, **short)):
         parts = [open_data(found, rank, size) for rank in range(size)]
         assert parts[0].steps == 2
         assert sum(len(batch.x) for data in parts for batch in data.train_batches(1)) == 8
         assert sum(weight.sum() for data in parts for *_, weight in data.test_batches()) == 5
-        whole, order = open_data(change(found, data__max_updates=None)), parts[0].order
-        assert (order.images(1) == whole.order.images(1)[:8]).all() and (order.images(1) != order.images(2)).any()
-        assert open_data(change(found, data__max_updates=1000)).steps == whole.steps > 2
+        whole, order = open_data(change(found, data__epoch_updates=None)), parts[0].order
+        # Passes follow one another, and epochs are cut from them.
+        passes = np.concatenate([whole.order.images(epoch) for epoch in (1, 2, 3)])
+        epochs = np.concatenate([order.images(epoch) for epoch in range(1, 1 + len(passes) // 8)])
+        assert (epochs == passes[: len(epochs)]).all() and len(epochs) > len(whole.order.images(1))
+        longer = open_data(change(found, data__epoch_updates=whole.steps + 1)).order
+        assert (longer.images(1) == passes[: 4 * whole.steps + 4]).all()
         for data in parts:
             data.close()
 
@@ -744,7 +748,7 @@ def test_processes_share_a_stream(tmp_path, stream):
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_part_of_a_stream(tmp_path, stream, workers):
-    data = open_data(streamed(tmp_path, data__workers=workers, data__max_updates=2, data__max_test_images=5))
+    data = open_data(streamed(tmp_path, data__workers=workers, data__epoch_updates=2, data__max_test_images=5))
     assert sum(len(batch.x) for batch in data.train_batches(1)) == 8
     assert sum(weight.sum() for *_, weight in data.test_batches()) == 5
     data.close()
