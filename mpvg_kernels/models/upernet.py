@@ -1,30 +1,33 @@
 """UperNet (arXiv 1807.10221) on a backbone's feature maps: semantic segmentation.
 
 model = UperNet(timm.create_model("mpvg_vit_adapter_tiny", features_only=True), num_classes=150)
-logits = model.segment(torch.randn(1, 3, 512, 683), window=512, stride=341)
+loss = segmentation_loss(model(images), labels)       while training
+labels = label_map(model.eval().segment(image, window=512, stride=341), size=(683, 1024))
 
 Pyramid pooling on the coarsest map, a feature pyramid over all four, one convolution over all its levels together, and
-while training an auxiliary head on the third map: widths and layers as in mmsegmentation's UPerHead and FCNHead, whose
-parameters have other names there.
+while training an auxiliary head on the third map. Layers, widths and initial weights are those of mmsegmentation's
+UPerHead and FCNHead, whose parameters have other names. One thing differs: there the loss is the mean over all pixels of
+a batch, the ignored ones counted with a loss of zero; here it is the mean over those that are not ignored.
 """
 
 import itertools
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["UperNet"]
+from .dense_model import DenseModel
+
+__all__ = ["UperNet", "label_map", "segmentation_loss"]
 
 POOL_SCALES = (1, 2, 3, 6)
 
 
 def _conv(inputs: int, outputs: int, kernel: int) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()
-    )
+    conv = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=False)
+    nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+    return nn.Sequential(conv, nn.BatchNorm2d(outputs), nn.ReLU())
 
 
 def _resize(x: Tensor, size: Sequence[int]) -> Tensor:
@@ -73,12 +76,13 @@ class UperHead(nn.Module):
         return self.bottleneck(torch.cat([_resize(x, levels[0].shape[-2:]) for x in levels], 1))
 
 
-class UperNet(nn.Module):
+class UperNet(DenseModel):
     """A backbone with UperNet's decoder.
 
+    Training needs two images in a batch: a batch norm behind the mean over a whole map sees one pixel of each.
+
     Args:
-        backbone: gives four maps, from fine to coarse, for images (B, C, H, W) of any size; has `feature_info` as
-            timm's features_only models have it.
+        backbone: see `DenseModel`.
         num_classes: classes, without the one that is ignored.
         width: channels of the decoder.
         aux_width: channels of the auxiliary head.
@@ -88,18 +92,18 @@ class UperNet(nn.Module):
     def __init__(
         self, backbone: nn.Module, num_classes: int, width: int = 512, aux_width: int = 256, drop_rate: float = 0.1
     ):
-        super().__init__()
-        channels = backbone.feature_info.channels()
-        self.backbone, self.num_classes = backbone, num_classes
-        self.decode_head = UperHead(channels, width)
+        super().__init__(backbone, num_classes)
+        self.decode_head = UperHead(self.channels, width)
         self.classifier = _Classifier(width, num_classes, drop_rate)
-        self.aux_head = nn.Sequential(_conv(channels[2], aux_width, 3), _Classifier(aux_width, num_classes, drop_rate))
+        self.aux_head = nn.Sequential(
+            _conv(self.channels[2], aux_width, 3), _Classifier(aux_width, num_classes, drop_rate)
+        )
 
-    def forward(self, image: Tensor) -> Any:
+    def forward(self, image: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """Image (B, C, H, W) to logits (B, num_classes, H, W); while training (logits, the auxiliary head's)."""
         height, width = image.shape[-2:]
         maps = self.backbone(image)
-        # A backbone may pad images to its stride: the first map's pixels stand for 4x4 of them, the last ones beyond.
+        # A backbone pads images to its stride: the first map's pixels stand for 4x4 of them, the last ones beyond.
         stride = self.backbone.feature_info.reduction()[0]
         whole = [side * stride for side in maps[0].shape[-2:]]
         logits = _resize(self.classifier(self.decode_head(maps)), whole)[..., :height, :width]
@@ -108,29 +112,37 @@ class UperNet(nn.Module):
         return logits, _resize(self.aux_head(maps[2]), whole)[..., :height, :width]
 
     @torch.no_grad()
-    def segment(self, image: Tensor, window: int | None = None, stride: int | None = None) -> Tensor:
+    def segment(self, image: Tensor, window: int | None = None, stride: int | None = None, batch: int = 1) -> Tensor:
         """Logits (B, num_classes, H, W) of the whole image at once, or the means of windows that slide over it.
+
+        The last window of a row or column is moved back into the image. A side below the window's is taken whole.
 
         Args:
             image: (B, C, H, W).
             window: side of the windows in pixels; None takes the image whole.
             stride: pixels between two windows, at most the window; None is two thirds of it.
+            batch: windows of an image that go through the model together.
 
         Raises:
-            ValueError: a stride that would leave pixels out.
+            ValueError: a stride that would leave pixels out, or a model that is training.
         """
+        if self.training:
+            raise ValueError("segment is for a model in eval mode; call model.eval() first")
         if window is None:
             return self(image)
-        stride = stride or max(1, 2 * window // 3)
+        stride = max(1, 2 * window // 3) if stride is None else stride
         if not 1 <= stride <= window:
             raise ValueError(f"stride={stride}: expected 1 to the window's side, {window}")
         height, width = image.shape[-2:]
         total = image.new_zeros(len(image), self.num_classes, height, width)
         count = image.new_zeros(1, 1, height, width)
-        for top, left in itertools.product(_starts(height, window, stride), _starts(width, window, stride)):
-            part = ..., slice(top, top + window), slice(left, left + window)
-            total[part] += self(image[part])
-            count[part] += 1
+        places = list(itertools.product(_starts(height, window, stride), _starts(width, window, stride)))
+        for i in range(0, len(places), batch):
+            parts = [(..., slice(y, y + window), slice(x, x + window)) for y, x in places[i : i + batch]]
+            logits = self(torch.cat([image[part] for part in parts]))
+            for part, found in zip(parts, logits.split(len(image)), strict=True):
+                total[part] += found
+                count[part] += 1
         return total / count
 
 
@@ -138,3 +150,41 @@ def _starts(side: int, window: int, stride: int) -> list[int]:
     """Where windows begin along a side: every `stride` pixels, the last one at the end."""
     last = max(side - window, 0)
     return [*range(0, last, stride), last]
+
+
+def segmentation_loss(
+    outputs: Tensor | tuple[Tensor, Tensor], labels: Tensor, ignore: int = 255, aux_weight: float = 0.4
+) -> Tensor:
+    """Cross-entropy, a scalar in fp32: the mean over the pixels that are not ignored; zero where all are.
+
+    Args:
+        outputs: logits (B, num_classes, H, W), or those and the auxiliary head's, which are added with its weight.
+        labels: (B, H, W), integers from 0 to num_classes - 1, or `ignore`.
+        ignore: the label of pixels without one.
+        aux_weight: weight of the auxiliary head's loss.
+    """
+    if not isinstance(outputs, Tensor):
+        logits, auxiliary = outputs
+        return segmentation_loss(logits, labels, ignore) + aux_weight * segmentation_loss(auxiliary, labels, ignore)
+    total = F.cross_entropy(outputs.float(), labels.long(), ignore_index=ignore, reduction="sum")
+    return total / (labels != ignore).sum().clamp(min=1)
+
+
+def label_map(logits: Tensor, size: tuple[int, int] | None = None, classes: int = 16) -> Tensor:
+    """The best class of each pixel, (B, H, W) in int64, of logits (B, num_classes, H', W') that are resized to a size.
+
+    Args:
+        logits: of the image as the model saw it.
+        size: (H, W), that of the original image; None keeps the logits' own.
+        classes: how many classes are resized at a time: all of a large image would take gigabytes.
+    """
+    size = logits.shape[-2:] if size is None else size
+    best = labels = None
+    for first in range(0, logits.shape[1], classes):
+        value, label = _resize(logits[:, first : first + classes], size).max(1)
+        if best is None:
+            best, labels = value, label
+        else:
+            labels = torch.where(value > best, label + first, labels)
+            best = torch.maximum(best, value)
+    return labels
