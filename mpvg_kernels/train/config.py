@@ -21,6 +21,9 @@ class Adapter:
     """What a ViT-Adapter has besides its ViT, for detection and segmentation. A field left at None is the model's own
     default."""
 
+    pretrain_size: int | None = None
+    """Side in pixels of the images that the table of the position embedding is made for: the classification run's, or
+    where there is none that of this run's own. Other images get it resized."""
     window_size: int | None = None
     """Side of the attention's windows in tokens; None: every layer sees the whole image."""
     global_layers: tuple[int, ...] = ()
@@ -497,7 +500,7 @@ class Config:
 
     def _check_dense(self, need, share, optional) -> None:
         """The fields of detection and segmentation."""
-        for field in ("window_size", "interactions", "conv_inplane", "deform_num_heads"):
+        for field in ("pretrain_size", "window_size", "interactions", "conv_inplane", "deform_num_heads"):
             optional(f"model.adapter.{field}", lambda v: v >= 1, "1 or more")
         optional("model.adapter.deform_ratio", lambda v: v > 0, "more than 0")
         for field in ("short_sides", "crop_short_sides"):

@@ -9,11 +9,11 @@ from timm.scheduler import CosineLRScheduler, MultiStepLRScheduler, PolyLRSchedu
 from torch import nn
 from torch.optim import Optimizer
 
-from ..models.weights import classifier_names
 from . import InputError, near_matches
 from .config import Config, Optim, Sched
 from .data.order import accumulation
 from .distributed import World
+from .model import head_names
 
 # ---- optimizer
 
@@ -91,7 +91,7 @@ def parameter_groups(fields: Optim, model: nn.Module, lr: float) -> list[dict[st
     groups = param_groups_weight_decay(model, **decay)
     if fields.backbone_lr_scale == 1:
         return groups
-    names = set(classifier_names(model))
+    names = set(head_names(model))
     head = {id(p) for name, p in model.named_parameters() if name in names}
     parts = [
         group | {"params": [p for p in group["params"] if (id(p) in head) == is_head], "lr": lr * scale}
