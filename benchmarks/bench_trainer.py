@@ -58,7 +58,7 @@ from torch import Tensor, nn
 from mpvg_kernels.train import config as configs
 from mpvg_kernels.train import loop, recipes
 from mpvg_kernels.train.checkpoint import Checkpoints
-from mpvg_kernels.train.data import Batch, Data
+from mpvg_kernels.train.data import Batch, Data, create_data
 from mpvg_kernels.train.data.images import posterize
 from mpvg_kernels.train.distributed import World
 from mpvg_kernels.train.losses import create_loss
@@ -66,6 +66,7 @@ from mpvg_kernels.train.metrics import RunLog
 from mpvg_kernels.train.optim import create_optimizer
 from mpvg_kernels.train.run_folder import RunFolder
 from mpvg_kernels.train.signals import Signals
+from mpvg_kernels.train.tasks import classification
 
 PARTS = ("overhead", "checkpoint", "images")
 EPOCHS = 10**6  # more than are run: the schedule must not end

@@ -39,7 +39,7 @@ MASK = 28
 
 
 class Anchors(AnchorGenerator):
-    """Boxes of `scale` strides a side, of 3 shapes, around the first pixel of each stride by stride pixels, map by map."""
+    """Boxes of `scale` strides a side, of 3 shapes, around the first pixel of each stride x stride pixels, by map."""
 
     def __init__(self, scale: float = 8.0):
         self.strides = [*STRIDES, 2 * STRIDES[-1]]

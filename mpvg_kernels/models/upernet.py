@@ -6,8 +6,8 @@ labels = label_map(model.eval().segment(image, window=512, stride=341), size=(68
 
 Pyramid pooling on the coarsest map, a feature pyramid over all four, one convolution over all its levels together, and
 while training an auxiliary head on the third map. Layers, widths and initial weights are those of mmsegmentation's
-UPerHead and FCNHead, whose parameters have other names. One thing differs: there the loss is the mean over all pixels of
-a batch, the ignored ones counted with a loss of zero; here it is the mean over those that are not ignored.
+UPerHead and FCNHead, whose parameters have other names. One thing differs: there the loss is the mean over all pixels
+of a batch, the ignored ones counted with a loss of zero; here it is the mean over those that are not ignored.
 """
 
 import itertools
