@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from .. import backends
+from ..models.dense import DenseModel
 from . import InputError, TrainingError
 from .config import Config
 
@@ -215,8 +216,11 @@ def shard(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.ModuleList):
             for block in module:
-                if any(True for _ in block.parameters()):
+                # One that only holds others is never called, and its weights would stay shared out.
+                if type(block).forward is not nn.Module.forward and any(True for _ in block.parameters()):
                     fully_shard(block)
+    if isinstance(model, DenseModel):
+        fully_shard(model.backbone)  # which is called alone too, to look at its norms
     fully_shard(model)
 
 
