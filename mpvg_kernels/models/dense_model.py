@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .weights import ConvertsCheckpoints, checkpoint_filter_fn, differences, parameters_of, read_checkpoint
@@ -58,12 +59,17 @@ class DenseModel(nn.Module):
     def _prefix(self) -> str:
         return "backbone." if self.trunk is self.backbone else "backbone.model."
 
+    def features(self, images: Tensor) -> list[Tensor]:
+        """The four maps of images (B, C, H, W), padded below and to the right to multiples of 32."""
+        down, right = (-side % STRIDES[-1] for side in images.shape[-2:])
+        return self.backbone(F.pad(images, (0, right, 0, down)) if down or right else images)
+
     # ---- timm's interfaces
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Activation checkpointing of the backbone's layers."""
-        self.backbone.set_grad_checkpointing(enable)
+        self.trunk.set_grad_checkpointing(enable)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:

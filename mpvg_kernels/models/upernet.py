@@ -6,8 +6,8 @@ labels = label_map(model.eval().segment(image, window=512, stride=341), size=(68
 
 Pyramid pooling on the coarsest map, a feature pyramid over all four, one convolution over all its levels together, and
 while training an auxiliary head on the third map. Layers, widths and initial weights are those of mmsegmentation's
-UPerHead and FCNHead, whose parameters have other names. One thing differs: there the loss is the mean over all pixels of
-a batch, the ignored ones counted with a loss of zero; here it is the mean over those that are not ignored.
+UPerHead and FCNHead, whose parameters have other names. One thing differs: there the loss is the mean over all pixels
+of a batch, the ignored ones counted with a loss of zero; here it is the mean over those that are not ignored.
 """
 
 import itertools
@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .dense_model import DenseModel
+from .dense_model import STRIDES, DenseModel
 
 __all__ = ["UperNet", "label_map", "segmentation_loss"]
 
@@ -102,10 +102,8 @@ class UperNet(DenseModel):
     def forward(self, image: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """Image (B, C, H, W) to logits (B, num_classes, H, W); while training (logits, the auxiliary head's)."""
         height, width = image.shape[-2:]
-        maps = self.backbone(image)
-        # A backbone pads images to its stride: the first map's pixels stand for 4x4 of them, the last ones beyond.
-        stride = self.backbone.feature_info.reduction()[0]
-        whole = [side * stride for side in maps[0].shape[-2:]]
+        maps = self.features(image)
+        whole = [STRIDES[0] * side for side in maps[0].shape[-2:]]  # the image and its padding
         logits = _resize(self.classifier(self.decode_head(maps)), whole)[..., :height, :width]
         if not self.training:
             return logits
