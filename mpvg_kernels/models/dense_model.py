@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from timm.layers import Format
 from torch import Tensor, nn
 
 from .weights import ConvertsCheckpoints, checkpoint_filter_fn, differences, parameters_of, read_checkpoint
@@ -62,7 +63,10 @@ class DenseModel(nn.Module):
     def features(self, images: Tensor) -> list[Tensor]:
         """The four maps of images (B, C, H, W), padded below and to the right to multiples of 32."""
         down, right = (-side % STRIDES[-1] for side in images.shape[-2:])
-        return self.backbone(F.pad(images, (0, right, 0, down)) if down or right else images)
+        maps = self.backbone(F.pad(images, (0, right, 0, down)) if down or right else images)
+        if getattr(self.backbone, "output_fmt", Format.NCHW) == Format.NHWC:  # timm's Swin and its like
+            maps = [x.permute(0, 3, 1, 2).contiguous() for x in maps]
+        return maps
 
     # ---- timm's interfaces
 
@@ -84,7 +88,10 @@ class DenseModel(nn.Module):
         As published, a ViT-Adapter's own parts are in the last group too: they have the full learning rate.
         """
         if not hasattr(self.trunk, "group_matcher"):
-            raise ValueError(f"{type(self.trunk).__name__} tells no layers: train it without layer-wise learning rates")
+            raise ValueError(
+                f"the backbone, a {type(self.trunk).__name__}, tells no layers: train it without layer-wise learning "
+                "rates, or build it with feature_cls='getter', where timm can"
+            )
         start = re.escape(self._prefix)
 
         def below(pattern: str) -> str:
