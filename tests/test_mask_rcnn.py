@@ -121,8 +121,8 @@ def test_rois():
         for (image, box), level in zip([(i, b) for i, bs in enumerate(boxes) for b in bs], levels, strict=True)
     ]
     torch.testing.assert_close(found, torch.stack(expected), rtol=1e-4, atol=1e-5)
-    huge = {**maps, "3": torch.full((3, 2, 8, 10), 5.0)}
-    assert torch.equal(PooledRoIs(1)(huge, [torch.tensor([[0.0, 0, 4000, 4000]])])[0, 0] > 0, torch.tensor([[True]]))
+    maps["3"] = torch.ones(1, 1, 8, 10)  # what no level is coarse enough for
+    assert PooledRoIs(1)(maps, [torch.tensor([[0.0, 0, 4000, 4000]])]).shape == (1, 1, 1, 1)
 
 
 def test_pasted_masks():

@@ -50,7 +50,8 @@ def plain(model, maps, size):
     """Logits of both heads in eval mode, of the padded image's size."""
     head = model.decode_head
     c1, c2, c3, c4 = maps
-    scales = [up(conv(pooled(c4, n), stage[1]), c4.shape[-2:]) for n, stage in zip((1, 2, 3, 6), head.pooling.stages, strict=True)]
+    stages = zip((1, 2, 3, 6), head.pooling.stages, strict=True)
+    scales = [up(conv(pooled(c4, cells), stage[1]), c4.shape[-2:]) for cells, stage in stages]
     p4 = conv(torch.cat([c4, *scales], 1), head.pooling.bottleneck)
     p3 = conv(c3, head.laterals[2]) + up(p4, c3.shape[-2:])
     p2 = conv(c2, head.laterals[1]) + up(p3, c2.shape[-2:])
