@@ -9,6 +9,7 @@ import dataclasses
 import datetime
 import os
 import re
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -213,6 +214,8 @@ class Agreement:
 
 def shard(model: nn.Module) -> None:
     """FSDP2: each block's weights, then the rest, shared out between all processes, in place."""
+    # Said of every module that returns a view, as whoever changes that in place would lose gradients; nobody here does.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     for module in model.modules():
         if isinstance(module, nn.ModuleList):
             for block in module:
