@@ -58,7 +58,7 @@ from torch import Tensor, nn
 from mpvg_kernels.train import config as configs
 from mpvg_kernels.train import loop, recipes
 from mpvg_kernels.train.checkpoint import Checkpoints
-from mpvg_kernels.train.data import Batch, Data
+from mpvg_kernels.train.data import Batch, Data, create_data
 from mpvg_kernels.train.data.images import posterize
 from mpvg_kernels.train.distributed import World
 from mpvg_kernels.train.losses import create_loss
@@ -66,6 +66,7 @@ from mpvg_kernels.train.metrics import RunLog
 from mpvg_kernels.train.optim import create_optimizer
 from mpvg_kernels.train.run_folder import RunFolder
 from mpvg_kernels.train.signals import Signals
+from mpvg_kernels.train.tasks import classification
 
 PARTS = ("overhead", "checkpoint", "images")
 EPOCHS = 10**6  # more than are run: the schedule must not end
@@ -93,7 +94,7 @@ class OneBatch(Data):
 
 def make_trainer(config: configs.Config, data: Data) -> loop.Trainer:
     """A trainer of these data on the CPU."""
-    with mock.patch.object(loop, "create_data", lambda *_: data):
+    with mock.patch.object(classification, "create_data", lambda *_: data):
         return loop.Trainer(dataclasses.replace(config, epochs=EPOCHS, device="cpu"))
 
 
@@ -137,7 +138,8 @@ Places = dict[str, list[tuple[Any, str]]]
 
 
 def parts_of_step(step: PlainStep | loop.Trainer) -> Places:
-    calls = [(step, "forward"), (step, "criterion"), (Tensor, "backward")]
+    criterion = step if isinstance(step, PlainStep) else step.task
+    calls = [(step, "forward"), (criterion, "criterion"), (Tensor, "backward")]
     return {"model step": calls + [(step.optimizer, "step"), (step.optimizer, "zero_grad")]}
 
 
@@ -333,7 +335,7 @@ def images(root: Path, workers: int, batch: int, size: int, rounds: int) -> dict
         dataclasses.replace(recipe.optim, lr_base_batch=None, ema_decay=None),
     )
     config = dataclasses.replace(recipe, data=data, aug=aug, optim=optim, batch=batch, amp="none", device="cpu")
-    trainer = make_trainer(config, loop.create_data(config, torch.device("cpu"), World()))
+    trainer = make_trainer(config, create_data(config, torch.device("cpu"), World()))
     try:
         with make_run(trainer) as run:
             variants = [Variant("timm", TimmLoop(trainer)), Variant("loop", functools.partial(train_epoch, run))]

@@ -39,7 +39,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 RUNS = {"vit_lite": "vit_lite_7_4_cifar100", "t2t_vit_7": "t2t_vit_7_in1k", "leaves": "deit_tiny_in1k"}
 """Recipes of runs that pages name otherwise than by the recipe's own name, or its beginning."""
 STUDY = """--seeds 1 --schemes gap mpvg --jobs 1 --epochs 1 --sched.warmup_epochs 0 --sched.cooldown_epochs 0 --batch 4
---data.max_updates 2 --data.max_test_images 8 --data.workers 0"""
+--data.epoch_updates 2 --data.max_test_images 8 --data.workers 0"""
 DATA = ("/data", "/other", "/scratch")
 SBATCH = set("job-name nodes ntasks-per-node gpus-per-node cpus-per-task time signal requeue open-mode".split())
 # In a job script: what is the shell's own.

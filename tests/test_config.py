@@ -54,7 +54,7 @@ def test_fields_from_the_command_line():
         ("--dist.micro_batch 0", "config field dist.micro_batch is 0"),
         ("--optim.weight_decay -1", "config field optim.weight_decay is -1.0"),
         ("--log.interval 0", "config field log.interval is 0"),
-        ("--data.max_updates 0", "config field data.max_updates is 0, expected 1 or more, or None"),
+        ("--data.epoch_updates 0", "config field data.epoch_updates is 0, expected 1 or more, or None"),
         ("--data.max_test_images 0", "config field data.max_test_images is 0, expected 1 or more, or None"),
     ],
 )
@@ -121,5 +121,5 @@ def test_every_field_is_explained(capsys):
     assert done.value.code == 0
     for name in config.field_names():
         start = text.index(f"--{name} ")
-        assert "(default" in text[start : start + 400]
+        assert "(default" in text[start : start + 800]
     assert "Stochastic depth" in text  # the docstrings are there, not the names alone

@@ -15,7 +15,7 @@ from mpvg_kernels.train.optim import learning_rates
 from mpvg_kernels.train.smoke import cuts, smoke
 
 pytestmark = pytest.mark.xdist_group(__name__)
-CUT = """epochs batch data.workers data.max_updates data.max_test_images optim.lr optim.lr_base_batch sched.per
+CUT = """epochs batch data.workers data.epoch_updates data.max_test_images optim.lr optim.lr_base_batch sched.per
 sched.warmup_epochs sched.warmup_prefix sched.warmup_lr sched.min_lr sched.scale_with_batch sched.cooldown_epochs
 log.interval log.pos_interval""".split()
 
@@ -35,7 +35,7 @@ def test_what_is_cut_of_a_recipe(name, size):
     whole = recipes.load(name)
     cut = smoke(whole, World(0, size))
     assert {n for n in config.field_names() if config.get(whole, n) != config.get(cut, n)} <= set(CUT)
-    assert (cut.total_epochs, cut.batch, cut.data.max_updates, cut.data.max_test_images) == (1, 4 * size, 2, 8)
+    assert (cut.total_epochs, cut.batch, cut.data.epoch_updates, cut.data.max_test_images) == (1, 4 * size, 2, 8)
     assert all(learning_rates(cut)[key] == learning_rates(whole)[key] for key in ("peak", "min"))
     assert set(config.ignored(cut)) <= set(config.ignored(whole))
     assert smoke(cut, World(0, size)) == cut  # as a resumed smoke run is
@@ -106,7 +106,7 @@ def test_it_resumes_as_a_smoke_run_only(warm, tmp_path):
     assert f"{folder} holds a run with epochs 1, and the config now says 32" in told
     run(warm, tmp_path, f"train --recipe digits --resume {folder} --smoke")
     assert json.loads((folder / "status.json").read_text())["state"] == "finished"
-    run(warm, tmp_path, argv + " --data.max_updates 3 --epochs 4")  # its folder is still free
+    run(warm, tmp_path, argv + " --data.epoch_updates 3 --epochs 4")  # its folder is still free
     told = run(warm, tmp_path, f"train --recipe digits --resume {tmp_path / 'digits'} --smoke", 2)
     assert "holds a run with epochs 4, and the config now says 1" in told
 

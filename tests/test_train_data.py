@@ -189,15 +189,19 @@ def test_a_part_of_the_held_out_images_is_spread_over_all(most, expected):
 @pytest.mark.parametrize("size", [1, 2])
 @pytest.mark.parametrize("changes", [{}, {"aug__repeats": 3, "aug__mixup": 0.8}], ids=["plain", "repeats and mixup"])
 def test_short_epochs(folder, size, changes):
-    short = {"data__max_updates": 2, "data__max_test_images": 5, "batch": 4, **changes}
+    short = {"data__epoch_updates": 2, "data__max_test_images": 5, "batch": 4, **changes}
     for found in (change(config.Config(), **short), of(folder, **short)):
         parts = [open_data(found, rank, size) for rank in range(size)]
         assert parts[0].steps == 2
         assert sum(len(batch.x) for data in parts for batch in data.train_batches(1)) == 8
         assert sum(weight.sum() for data in parts for *_, weight in data.test_batches()) == 5
-        whole, order = open_data(change(found, data__max_updates=None)), parts[0].order
-        assert (order.images(1) == whole.order.images(1)[:8]).all() and (order.images(1) != order.images(2)).any()
-        assert open_data(change(found, data__max_updates=1000)).steps == whole.steps > 2
+        whole, order = open_data(change(found, data__epoch_updates=None)), parts[0].order
+        # Passes follow one another, and epochs are cut from them.
+        passes = np.concatenate([whole.order.images(epoch) for epoch in (1, 2, 3)])
+        epochs = np.concatenate([order.images(epoch) for epoch in range(1, 1 + len(passes) // 8)])
+        assert (epochs == passes[: len(epochs)]).all() and len(epochs) > len(whole.order.images(1))
+        longer = open_data(change(found, data__epoch_updates=whole.steps + 1)).order
+        assert (longer.images(1) == passes[: 4 * whole.steps + 4]).all()
         for data in parts:
             data.close()
 
@@ -373,7 +377,7 @@ def test_each_image_comes_once_with_its_label(folder):
         names = [path.split("/")[-2] for path in data.files(1, step)]
         assert names == [data.class_names[label] for label in y[6 * step : 6 * step + 6]]
     with Image.open(data.files(1, 1)[3]) as image:
-        torch.testing.assert_close(x[9], data.loader.loader.dataset.transform(image))
+        torch.testing.assert_close(x[9], data.loader.loader.dataset.transform(image, 0)[0])
 
 
 def test_repeats_are_augmented_anew(folder):
@@ -482,7 +486,7 @@ def test_posterize_to_no_bits(folder):
     assert (np.asarray(images.posterize(image, 2)) == [192, 0, 64]).all()
     for policy in ("rand-m10-inc1", "original", "augmix-m3"):
         found = open_data(of(folder, aug__auto_augment=policy))
-        steps = found.loader.loader.dataset.transform.transforms
+        steps = found.loader.loader.dataset.transform.transform.transforms
         nested = [getattr(step, "ops", None) or sum(getattr(step, "policy", []), []) for step in steps]
         ops = [op for each in nested for op in each if op.name.startswith("Posterize")]
         assert ops and all(op.aug_fn is images.posterize for op in ops)
@@ -744,7 +748,7 @@ def test_processes_share_a_stream(tmp_path, stream):
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_part_of_a_stream(tmp_path, stream, workers):
-    data = open_data(streamed(tmp_path, data__workers=workers, data__max_updates=2, data__max_test_images=5))
+    data = open_data(streamed(tmp_path, data__workers=workers, data__epoch_updates=2, data__max_test_images=5))
     assert sum(len(batch.x) for batch in data.train_batches(1)) == 8
     assert sum(weight.sum() for *_, weight in data.test_batches()) == 5
     data.close()

@@ -16,7 +16,7 @@ from .dense_model import DenseModel
 from .mask_rcnn import MaskRCNN
 from .upernet import UperNet
 
-__all__ = ["TASKS", "create_dense"]
+__all__ = ["TASKS", "DenseModel", "create_dense"]
 
 TASKS: dict[str, type[DenseModel]] = {"segmentation": UperNet, "detection": MaskRCNN}
 

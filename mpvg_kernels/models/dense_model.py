@@ -36,6 +36,9 @@ class DenseModel(nn.Module):
     dense_config: dict[str, Any] | None = None
     """What `create_dense` was called with, as JSON has it; None for a model that was built by hand."""
 
+    class_layers: tuple[str, ...] = ()
+    """Layers with an output for each class, which start anew where weights are of other classes."""
+
     def __init__(self, backbone: nn.Module, num_classes: int):
         super().__init__()
         strides = tuple(backbone.feature_info.reduction())
@@ -59,6 +62,10 @@ class DenseModel(nn.Module):
     @property
     def _prefix(self) -> str:
         return "backbone." if self.trunk is self.backbone else "backbone.model."
+
+    def head_names(self) -> list[str]:
+        """Names of all parameters but the backbone's."""
+        return [name for name, _ in self.named_parameters() if not name.startswith("backbone.")]
 
     def features(self, images: Tensor) -> list[Tensor]:
         """The four maps of images (B, C, H, W), padded below and to the right to multiples of 32."""
@@ -131,6 +138,30 @@ class DenseModel(nn.Module):
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
         _logger.info("Loaded the backbone's weights from %s.", path)
+
+    def load_weights(self, path: str | Path) -> None:
+        """Load the weights of another such model; what has an output for each class starts anew for other classes.
+
+        Args:
+            path: a file, or a folder with one, see `read_checkpoint`.
+
+        Raises:
+            ValueError: the file can't be read, or holds the weights of another model; one sentence that names the file.
+        """
+        weights, own = parameters_of(read_checkpoint(path)), self.state_dict()
+        new = [
+            name
+            for name in own
+            if name.startswith(self.class_layers) and name in weights and weights[name].shape != own[name].shape
+        ]
+        weights |= {name: own[name] for name in new}
+        if text := differences(self, weights):
+            raise ValueError(f"{path}: these weights are of another model than this {type(self).__name__}: {text}")
+        self.load_state_dict(weights)
+        if new:
+            _logger.info(
+                "%s start anew: the checkpoint has other classes than these %d.", ", ".join(new), self.num_classes
+            )
 
     def _load(self, weights: dict[str, Tensor]) -> None:
         parts = {name.split(".")[0] for name in self.trunk.state_dict()}

@@ -42,11 +42,11 @@ MASK = 28
 
 
 class Anchors(AnchorGenerator):
-    """Boxes of 8 strides a side, of 3 shapes, around the first pixel of each stride by stride pixels, map by map."""
+    """Boxes of `scale` strides a side, of 3 shapes, around the first pixel of each stride x stride pixels, by map."""
 
-    def __init__(self):
+    def __init__(self, scale: float = 8.0):
         self.strides = [*STRIDES, 2 * STRIDES[-1]]
-        super().__init__(tuple((8 * stride,) for stride in self.strides), ((0.5, 1.0, 2.0),) * len(self.strides))
+        super().__init__(tuple((scale * stride,) for stride in self.strides), ((0.5, 1.0, 2.0),) * len(self.strides))
 
     def generate_anchors(
         self,
@@ -206,12 +206,15 @@ class MaskRCNN(DenseModel):
         num_classes: classes of objects, without the background.
         width: channels of the feature pyramid, of the RPN and of the mask head.
         box_width: width of the box head's two layers.
+        anchor_scale: side of the square anchors, in strides of their map.
         rpn_samples, roi_samples: anchors and proposals of an image that the losses are taken over.
         proposals: what the RPN keeps of an image.
         score_threshold: objects of a smaller score are not reported.
         nms_threshold: of two objects of a class with a larger IoU, only the better one is.
         max_objects: objects of an image that are reported.
     """
+
+    class_layers = ("roi_heads.box_predictor.", "roi_heads.mask_predictor.mask_fcn_logits.")
 
     def __init__(
         self,
@@ -220,6 +223,7 @@ class MaskRCNN(DenseModel):
         *,
         width: int = 256,
         box_width: int = 1024,
+        anchor_scale: float = 8.0,
         rpn_samples: int = 256,
         roi_samples: int = 512,
         proposals: int = 1000,
@@ -229,7 +233,7 @@ class MaskRCNN(DenseModel):
     ):
         super().__init__(backbone, num_classes)
         self.fpn = FeaturePyramidNetwork(self.channels, width, LastLevelMaxPool())
-        anchors = Anchors()
+        anchors = Anchors(anchor_scale)
         self.rpn = RPN(
             anchors,
             FloatRPNHead(width, anchors.num_anchors_per_location()[0]),

@@ -89,6 +89,8 @@ class UperNet(DenseModel):
         drop_rate: dropout of channels before both classifiers.
     """
 
+    class_layers = ("classifier.", "aux_head.1.")
+
     def __init__(
         self, backbone: nn.Module, num_classes: int, width: int = 512, aux_width: int = 256, drop_rate: float = 0.1
     ):

@@ -18,10 +18,10 @@ import torch
 from .. import __version__
 from ..train import InputError, TrainingError, config, recipes
 from ..train.curves import (
-    CURVES,
     POS,
     counts_images,
     curve_table,
+    curves,
     draw,
     panel,
     pos_by_layer,
@@ -198,20 +198,27 @@ def _state(record: RunRecord) -> State:
     return State(record.state, recipe + _progress(record), record.updates, record.total)
 
 
+def _main(record: RunRecord) -> str:
+    """The main figure, with its name where it is not the accuracy."""
+    name = "" if record.task == "classification" else f"{record.figures.main.name} "
+    return f"{name}{record.result()}" if record.evaluated else "-"
+
+
 def _overview(records: list[RunRecord]) -> Table:
     rows = []
     for record in records:
         parameters, seconds = number(record.info, "parameters"), record.seconds()
-        results = record.results()
         rows.append(
             (
                 *(record.label, record.state, _progress(record)),
                 *(record.setting("model.name") or "-", record.setting("model.scheme") or "-"),
                 *(figure_of(parameters, ",.0f"), "-" if seconds is None else duration(seconds)),
-                figure_of(results[0][1]["test_acc"] if results else None, ".2f", " %"),
+                _main(record),
             )
         )
-    return Table(("run", "state", "how far", "model", "scheme", "parameters", "time", "test accuracy"), rows)
+    names = dict.fromkeys(record.figures.main.name for record in records)
+    header = ("run", "state", "how far", "model", "scheme", "parameters", "time", f"test {' or '.join(names)}")
+    return Table(header, rows)
 
 
 def _results(records: list[RunRecord]) -> list[Block]:
@@ -221,7 +228,7 @@ def _results(records: list[RunRecord]) -> list[Block]:
 
 def _curves(records: list[RunRecord]) -> list[Block]:
     panels = []
-    for curve in CURVES:
+    for curve in curves(records):
         table = curve_table(curve, records)
         if not table.rows:
             continue

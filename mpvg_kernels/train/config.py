@@ -8,10 +8,34 @@ the field; what is set and has no effect is told by `ignored`.
 import contextlib
 import dataclasses
 import io
+import itertools
+import math
 from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
 from . import InputError, near_matches
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapter:
+    """What a ViT-Adapter has besides its ViT, for detection and segmentation. A field left at None is the model's own
+    default."""
+
+    pretrain_size: int | None = None
+    """Side in pixels of the images that the table of the position embedding is made for: the classification run's, or
+    where there is none that of this run's own. Other images get it resized."""
+    window_size: int | None = None
+    """Side of the attention's windows in tokens; None: every layer sees the whole image."""
+    global_layers: tuple[int, ...] = ()
+    """Layers that see the whole image where window_size is set."""
+    interactions: int | None = None
+    """Groups of layers, each between an injector and an extractor, as equal as they can be."""
+    conv_inplane: int | None = None
+    """Channels of the spatial prior's first stage."""
+    deform_num_heads: int | None = None
+    """Heads of the deformable attention."""
+    deform_ratio: float | None = None
+    """Width of the deformable attention's values, relative to a token's."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +73,7 @@ class Model:
     """Keep the blocks' inputs alone for the backward pass and compute the rest again: less memory, more time."""
     channels_last: bool = False
     """Channels-last memory format of images and convolution weights."""
+    adapter: Adapter = Adapter()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,10 +81,21 @@ class Data:
     """The images."""
 
     name: str = "digits"
-    """Dataset: digits (scikit-learn's 1,797 handwritten digits, a fifth held out), folder (a folder or tar file of
-    images, a folder for each class), or any name of timm's create_dataset: torch/cifar100, hfds/..., wds/..."""
+    """Dataset. Classification: digits (scikit-learn's 1,797 handwritten digits, a fifth held out), folder (a folder or
+    tar file of images, a folder for each class), or any name of timm's create_dataset: torch/cifar100, hfds/...,
+    wds/... Detection: coco (any folder in COCO's format). Segmentation: masks (a folder of images and one of label
+    maps, ADE20K too). Both: shapes (small scenes that are made from a seed)."""
     root: str | None = None
-    """Where the images are; a folder may have train/ and val/ (or validation/, test/) in it."""
+    """Where the images are; a folder may have train/ and val/ (or validation/, test/) in it. data.name=shapes: where
+    they are made, by default in the user's cache folder."""
+    train_images: str | None = None
+    """Detection and segmentation: folder of the training images, in data.root; None finds it."""
+    train_annotations: str | None = None
+    """Their annotations, in data.root: COCO's JSON file, or the folder of label maps; None finds them."""
+    val_images: str | None = None
+    """Folder of the held-out images; None finds it."""
+    val_annotations: str | None = None
+    """Their annotations; None finds them."""
     train_split: str = "train"
     """Name of the training split."""
     val_split: str = "validation"
@@ -82,8 +118,9 @@ class Data:
     """Processes that decode and augment images, for each training process; 0 does it in the training process."""
     max_bad_share: float = 0.01
     """Share of the training images that may be unreadable (they are replaced) before the run stops."""
-    max_updates: int | None = None
-    """Most updates of an epoch, which then ends before it has seen all images; None sees all."""
+    epoch_updates: int | None = None
+    """Updates of an epoch, for runs that count updates: passes over the images follow one another and epochs begin and
+    end anywhere in them (in a stream at its beginning, and at most a pass). None: an epoch is a pass."""
     max_test_images: int | None = None
     """Most held-out images that are evaluated while training, evenly over the data set, of a stream the first ones;
     None takes all."""
@@ -184,6 +221,8 @@ class Sched:
     """How often the learning rate changes."""
     warmup_epochs: float = 3
     """Epochs of warm-up."""
+    warmup_updates: int | None = None
+    """Updates of warm-up, in place of warmup_epochs; sched.per has to be update."""
     warmup_prefix: bool = False
     """False: warm-up epochs count as epochs of the curve, which is entered where they end (timm's default). True: the
     curve starts after them and is as much shorter."""
@@ -197,6 +236,8 @@ class Sched:
     """Epochs after the `epochs` of the curve, at min_lr; a step or constant schedule goes on in them."""
     decay_epochs: float = 30
     """name=step: epochs between two steps."""
+    decay_at: tuple[float, ...] = ()
+    """name=step: the epochs of the steps, in place of decay_epochs."""
     decay_rate: float = 0.1
     """name=step: the factor of a step; name=poly: the power."""
 
@@ -219,6 +260,69 @@ class Loss:
     """Share of the teacher in the loss."""
     distill_tau: float = 1.0
     """Temperature of the soft probabilities."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Detection:
+    """task=detection: how images are resized, and what is kept of what a model finds. Sides are in pixels."""
+
+    short_sides: tuple[int, ...] = tuple(range(480, 801, 32))
+    """Training: the shorter side, one of these at random."""
+    max_side: int = 1333
+    """Most pixels of the longer side; wins over the shorter one's."""
+    crop_prob: float = 0.5
+    """Share of the training images that are resized, cropped and then resized as the others."""
+    crop_short_sides: tuple[int, ...] = (400, 500, 600)
+    """The shorter side before that crop."""
+    crop_sides: tuple[int, int] = (384, 600)
+    """Least and largest side of the crop."""
+    final_crop: tuple[int, int] | None = (1024, 1024)
+    """Most height and width of a training image, to which larger ones are cropped; None crops none."""
+    test_short_side: int = 800
+    """Evaluation: the shorter side."""
+    test_max_side: int = 1333
+    """Evaluation: most pixels of the longer side."""
+    anchor_scale: float = 8.0
+    """Side of the RPN's square anchors, relative to the stride of their map."""
+    score_threshold: float = 0.05
+    """Least score of a detection that is kept."""
+    nms_threshold: float = 0.5
+    """Overlap (IoU) with a better one of its class at which a detection is dropped."""
+    max_detections: int = 100
+    """Most detections of an image."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Segmentation:
+    """task=segmentation: labels, how images are resized, and how label maps are found. Sides are in pixels; training
+    crops are of data.img_size."""
+
+    ignore_label: int = 255
+    """Label of pixels that count nowhere."""
+    reduce_zero_label: bool = False
+    """The label maps' 0 is ignored and their 1 is class 0, as in ADE20K."""
+    short_side: int = 512
+    """The shorter side of a whole image, before the random scale of training."""
+    long_side: int = 2048
+    """Most pixels of its longer side."""
+    scale: tuple[float, float] = (0.5, 2.0)
+    """Training: least and largest factor of a random change of size."""
+    cat_max_ratio: float = 0.75
+    """Training: a crop in which one class has more of the pixels is drawn again, at most ten times."""
+    photometric: bool = True
+    """Training: random brightness, contrast, saturation and hue."""
+    aux_weight: float = 0.4
+    """Weight of the auxiliary head's loss."""
+    width: int = 512
+    """Channels of the decoder."""
+    aux_width: int = 256
+    """Channels of the auxiliary head."""
+    drop_rate: float = 0.1
+    """Dropout of channels before both heads' classifiers."""
+    window: int | None = None
+    """Evaluation: side of the windows that slide over an image; None takes it whole."""
+    stride: int | None = None
+    """Evaluation: pixels between two windows; None is two thirds of the window."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -269,6 +373,9 @@ class Log:
 class Config:
     """A training run."""
 
+    task: Literal["classification", "detection", "segmentation"] = "classification"
+    """What is learned: the class of an image (any model), objects with boxes and masks (Mask R-CNN), or the class of
+    every pixel (UperNet); the last two on a model with four feature maps, such as mpvg_vit_adapter_tiny."""
     seed: int = 0
     """Seed of weights, order and augmentation; the held-out images do not depend on it."""
     epochs: int = 32
@@ -296,6 +403,8 @@ class Config:
     optim: Optim = Optim()
     sched: Sched = Sched()
     loss: Loss = Loss()
+    detection: Detection = Detection()
+    segmentation: Segmentation = Segmentation()
     dist: Dist = Dist()
     checkpoint: Checkpoint = Checkpoint()
     log: Log = Log()
@@ -330,7 +439,7 @@ class Config:
         optional("data.crop_pct", lambda v: 0 < v <= 1, "more than 0 and at most 1")
         optional("data.std", lambda v: min(v) > 0, "more than 0")
         need(self.data.workers >= 0, "data.workers", "0 or more")
-        optional("data.max_updates", lambda v: v >= 1, "1 or more")
+        optional("data.epoch_updates", lambda v: v >= 1, "1 or more")
         optional("data.max_test_images", lambda v: v >= 1, "1 or more")
         for field in ("data.max_bad_share", "aug.affine.prob", "aug.hflip", "aug.erase_prob", "aug.mix_prob"):
             share(field)
@@ -368,9 +477,18 @@ class Config:
             need(0 <= get(self, field) <= self.optim.lr, field, f"0 to optim.lr = {self.optim.lr:g}")
         need(self.sched.cooldown_epochs >= 0, "sched.cooldown_epochs", "0 or more")
         need(self.sched.decay_epochs > 0, "sched.decay_epochs", "more than 0")
+        rising = all(0 < a < b for a, b in itertools.pairwise((*self.sched.decay_at, math.inf)))
+        need(rising, "sched.decay_at", "epochs more than 0, each more than the one before")
+        optional("sched.warmup_updates", lambda v: v >= 0, "0 or more")
+        need(
+            self.sched.warmup_updates is None or self.sched.per == "update",
+            "sched.warmup_updates",
+            "None where sched.per is epoch",
+        )
         need(self.sched.decay_rate > 0, "sched.decay_rate", "more than 0")
         need(0 <= self.loss.smoothing < 1, "loss.smoothing", "0 or more and less than 1")
         need(self.loss.distill_tau > 0, "loss.distill_tau", "more than 0")
+        self._check_dense(need, share, optional)
         need(
             self.loss.distillation == "none" or self.loss.teacher is not None,
             "loss.teacher",
@@ -383,6 +501,41 @@ class Config:
         need(self.log.interval >= 1, "log.interval", "1 or more")
         optional("log.pos_interval", lambda v: v >= 1, "1 or more")
         optional("log.peak_tflops", lambda v: v > 0, "more than 0")
+
+    def _check_dense(self, need, share, optional) -> None:
+        """The fields of detection and segmentation."""
+        for field in ("pretrain_size", "window_size", "interactions", "conv_inplane", "deform_num_heads"):
+            optional(f"model.adapter.{field}", lambda v: v >= 1, "1 or more")
+        optional("model.adapter.deform_ratio", lambda v: v > 0, "more than 0")
+        for field in ("short_sides", "crop_short_sides"):
+            sides = get(self.detection, field)
+            need(bool(sides) and min(sides) >= 1, f"detection.{field}", "pixels, one number or more")
+        for field in ("max_side", "test_short_side", "test_max_side", "max_detections"):
+            need(get(self.detection, field) >= 1, f"detection.{field}", "1 or more")
+        for field in ("crop_prob", "score_threshold", "nms_threshold"):
+            share(f"detection.{field}")
+        least, most = self.detection.crop_sides
+        need(1 <= least <= most, "detection.crop_sides", "two sides in pixels, least first")
+        optional("detection.final_crop", lambda v: min(v) >= 1, "height and width in pixels")
+        need(self.detection.anchor_scale > 0, "detection.anchor_scale", "more than 0")
+        fields = self.segmentation
+        need(0 <= fields.ignore_label <= 65535, "segmentation.ignore_label", "0 to 65535")
+        need(1 <= fields.short_side <= fields.long_side, "segmentation.short_side", "1 to segmentation.long_side")
+        need(0 < fields.scale[0] <= fields.scale[1], "segmentation.scale", "two factors, least first")
+        need(0 < fields.cat_max_ratio <= 1, "segmentation.cat_max_ratio", "more than 0 and at most 1")
+        need(fields.aux_weight >= 0, "segmentation.aux_weight", "0 or more")
+        for field in ("width", "aux_width"):
+            need(getattr(fields, field) >= 1, f"segmentation.{field}", "1 or more")
+        need(0 <= fields.drop_rate < 1, "segmentation.drop_rate", "0 or more and less than 1")
+        optional("segmentation.window", lambda v: v >= 1, "1 or more")
+        optional("segmentation.stride", lambda v: 1 <= v <= (fields.window or 0), "1 to segmentation.window")
+        if self.task == "classification":
+            return
+        # What would be taken for an image's one label.
+        for field in ("model.linear_probe", "aug.mixup", "aug.cutmix", "aug.erase_prob", "loss.smoothing"):
+            need(not get(self, field), field, f"{get(Config(), field)!r} for task {self.task}")
+        need(self.loss.distillation == "none", "loss.distillation", f"'none' for task {self.task}")
+        need(self.loss.name == "ce", "loss.name", f"'ce' for task {self.task}")
 
     @property
     def total_epochs(self) -> int:
@@ -414,8 +567,20 @@ def field_names() -> list[str]:
 def without_effect(config: Config) -> dict[str, str]:
     """The fields that have no effect together with the others, each with the reason."""
     digits, mixing = config.data.name == "digits", bool(config.aug.mixup or config.aug.cutmix)
-    of_all_data = ("data.name", "data.max_updates", "data.max_test_images")
+    dense = config.task != "classification"
+    of_all_data = ("data.name", "data.epoch_updates", "data.max_test_images")
+    of_dense = tuple(f"data.{part}_{what}" for part in ("train", "val") for what in ("images", "annotations"))
+    of_others = [
+        name
+        for name in field_names()
+        if (name.startswith(("detection.", "segmentation.")) and not name.startswith(f"{config.task}."))
+        or (not dense and (name.startswith("model.adapter.") or name in of_dense))
+        or (dense and name.startswith("aug.") and name not in ("aug.hflip", "aug.repeats"))
+        or (dense and name in ("model.drop_rate", "data.download", "data.crop_pct", "data.interpolation"))
+        or (config.task == "detection" and name == "data.img_size")
+    ]
     cases = [
+        (True, f"task is {config.task}", of_others),
         # (no effect when, because, the fields)
         (not digits, "it is for data.name=digits", [n for n in field_names() if n.startswith("aug.affine.")]),
         (
@@ -432,10 +597,16 @@ def without_effect(config: Config) -> dict[str, str]:
         (not (config.aug.mixup and config.aug.cutmix), "one of mixup and CutMix is off", ["aug.mix_switch_prob"]),
         (config.optim.lr_base_batch is None, "optim.lr_base_batch is None", ["sched.scale_with_batch"]),
         (config.optim.ema_decay is None, "optim.ema_decay is None", ["optim.ema_warmup"]),
-        (config.sched.name != "step", "sched.name is not step", ["sched.decay_epochs"]),
+        (config.sched.name != "step", "sched.name is not step", ["sched.decay_epochs", "sched.decay_at"]),
+        (bool(config.sched.decay_at), "sched.decay_at is set", ["sched.decay_epochs"]),
+        (config.sched.warmup_updates is not None, "sched.warmup_updates is set", ["sched.warmup_epochs"]),
         (config.sched.name not in ("step", "poly"), "sched.name is neither step nor poly", ["sched.decay_rate"]),
         (config.sched.name in ("step", "constant"), f"sched.name is {config.sched.name}", ["sched.min_lr"]),
-        (not config.sched.warmup_epochs, "sched.warmup_epochs is 0", ["sched.warmup_lr", "sched.warmup_prefix"]),
+        (
+            not (config.sched.warmup_epochs if config.sched.warmup_updates is None else config.sched.warmup_updates),
+            "there is no warm-up",
+            ["sched.warmup_lr", "sched.warmup_prefix"],
+        ),
         (
             config.loss.distillation == "none",
             "loss.distillation is none",

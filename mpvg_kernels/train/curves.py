@@ -11,6 +11,8 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.figure import Figure  # needs no display and has no global state, unlike pyplot
 
+from .figures import LOSS, Figures
+from .figures import Figure as Measure
 from .record import RunRecord, finite_number, number, series
 from .table import Table, figure_of
 
@@ -39,26 +41,37 @@ class Curve(NamedTuple):
     best: Callable | None = None
     """min or max, where one of them is what training is for."""
     log: bool = False
+    key: str = ""
+    """The figure's key, of curves of one."""
 
 
-def _measured(title: str, label: str, key: str, spec: str, best: Callable, log: bool) -> Curve:
+def measured(figure: Measure, figures: Figures) -> Curve:
+    """A figure over the updates: while training and on the held-out images, as far as a task has it."""
     lines = (
-        Line("training (augmented)", "train", key),
-        Line("held-out images", "epochs", f"test_{key}"),
-        Line("held-out, EMA", "epochs", f"ema_{key}"),
+        Line("training (augmented)", "train", figure.key),
+        Line("held-out images", "epochs", f"test_{figure.key}"),
+        Line("held-out, EMA", "epochs", f"ema_{figure.key}"),
     )
-    return Curve(title, label, lines, spec, best, log)
+    lines = lines[0 if figure in figures.trained else 1 : 3 if figure in figures.evaluated else 1]
+    label = figure.name + (f" ({figure.unit.strip()})" if figure.unit else "")
+    return Curve(label[0].upper() + label[1:], label, lines, figure.spec, figure.best, figure is LOSS, figure.key)
 
 
-LOSS = _measured("Loss", "loss", "loss", ".4f", min, True)
-ACCURACY = _measured("Accuracy (%)", "accuracy (%)", "acc", ".2f", max, False)
-CURVES = (
-    LOSS,
-    ACCURACY,
+OF_TRAINING = (
     Curve("Learning rate", "learning rate", (Line("learning rate", "train", "lr"),), ".3g"),
     Curve("Gradient norm", "gradient norm", (Line("gradient norm", "train", "grad_norm"),), ".4g", log=True),
     Curve("Throughput (images a second)", "images a second", (Line("images a second", "train", "img_s"),), ".0f"),
 )
+
+
+def curves(records: list[RunRecord]) -> list[Curve]:
+    """Everything that is drawn of these runs: what any of their tasks measures, and how training went."""
+    found: dict[str, Curve] = {}
+    for record in records:
+        own = record.figures
+        for figure in dict.fromkeys((LOSS, own.main, *own.evaluated, *own.trained)):
+            found.setdefault(f"{figure.key} {figure.name}", measured(figure, own))
+    return [*found.values(), *OF_TRAINING]
 
 
 class Pos(NamedTuple):
@@ -97,15 +110,16 @@ def draw(axes: Any, curve: Curve, records: list[RunRecord]) -> None:
     shown = []
     for i, record in enumerate(records):
         batch = record.setting("batch") if by_images else 1
-        for j, line in enumerate(curve.lines):
+        count = len(curve.lines)
+        for j, line in enumerate(curve.lines, 1 if count == 2 else 0):  # of two the training line is not there
             x, y = _thin(*_with_gaps(record, line))
             if not np.isfinite(y).any():
                 continue
             shown.append(y)
-            style = _one_run(j, len(curve.lines)) if len(records) == 1 else _many_runs(i, j, len(curve.lines))
+            style = _one_run(j, count) if len(records) == 1 else _many_runs(i, j, count)
             label = line.name if len(records) == 1 else shorten(record.label) if style.pop("named") else None
             axes.plot(np.asarray(x) * batch, y, label=label, **style)
-        if curve is LOSS:
+        if curve.key == LOSS.key:
             _mark(axes, record, batch, f"C{i}" if len(records) > 1 else "C3", first=i == 0)
     if len(records) == 1:
         for k, step in enumerate(resumed_at(records[0])):
@@ -116,8 +130,9 @@ def draw(axes: Any, curve: Curve, records: list[RunRecord]) -> None:
     low, high = np.nanmin([*finite, math.inf]), np.nanmax([*finite, 0.0])
     if curve.log and 0 < 10 * low <= high:  # within a decade a log axis has hardly a readable tick
         axes.set_yscale("log")
-    if curve is ACCURACY and shown:
-        late = [row["test_acc"] for r in records for row in r.evaluated[len(r.evaluated) // 4 :]]
+    if curve.key == "acc" and shown:
+        rows = [row for record in records for row in record.evaluated[len(record.evaluated) // 4 :]]
+        late = [row["test_acc"] for row in rows if number(row, "test_acc") is not None]
         axes.set_ylim(max(0, min(late, default=10) - 10), 100.5)
     if len(records) > 1 or len(axes.get_legend_handles_labels()[0]) > 1:
         legend(axes)
@@ -130,10 +145,11 @@ def legend(axes: Any, columns: int = 2) -> None:
 
 
 def plot_curves(record: RunRecord) -> None:
-    """Draw curves.png into the run folder: loss and accuracy over the updates, training and held-out."""
+    """Draw curves.png into the run folder: loss and main figure over the updates, training and held-out."""
+    own = record.figures
     figure = Figure((10, 3.6), layout="constrained")
-    for axes, curve in zip(figure.subplots(1, 2), (LOSS, ACCURACY), strict=True):
-        draw(axes, curve, [record])
+    for axes, shown in zip(figure.subplots(1, 2), (LOSS, own.main), strict=True):
+        draw(axes, measured(shown, own), [record])
         while figure.legends:  # here there is room inside
             figure.legends[0].remove()
         axes.legend(frameon=False)
@@ -183,7 +199,7 @@ def _one_run(j: int, lines: int) -> dict[str, Any]:
 
 
 def _many_runs(i: int, j: int, lines: int) -> dict[str, Any]:
-    style = {"color": f"C{i % 10}", "named": j == min(1, lines - 1)}
+    style = {"color": f"C{i % 10}", "named": lines == 1 or j == 1}
     if lines == 1:
         return style | {"lw": 1.2}
     return style | ({"lw": 0.8, "alpha": 0.35}, {"lw": 1.5}, {"lw": 1.2, "ls": "--"})[j]

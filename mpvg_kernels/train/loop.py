@@ -18,30 +18,28 @@ import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
-from .. import backends
 from ..analysis.diagnostics import has_pos_norms, pos_statistics
 from . import InputError, Stopped, TrainingError, distributed
 from .checkpoint import LOGS, Checkpoints, Restored, Snapshot
 from .config import Config, get, ignored, to_dict
 from .config import field_names as config_fields
-from .data import Batch, BatchAugmentation, create_data, seed_everything
+from .data import Batch, seed_everything
 from .distributed import Agreement, World, pick_device, together
+from .figures import FIGURES
 from .guards import SkippedUpdates
-from .losses import Distillation, create_loss
 from .metrics import Meter, RunLog, Spikes, check_installed, memory_mb, peak_tflops, read_log
-from .model import autocast, create_model, train_mode
+from .model import train_mode
 from .optim import create_optimizer, create_schedule, describe
 from .report import write_report
 from .run_folder import WEIGHTS, RunFolder, machine, print_warning, reason, show
 from .signals import Signals
+from .tasks import create_task
 
 UPDATE = 1
 """Marks the keys of what an update draws, apart from those of the data."""
@@ -49,7 +47,8 @@ POS_IMAGES = 16
 """Images of a process with which the position embedding is looked at while training."""
 # What may be another in a resumed run: where and how it computes, not what. (Prefixes of field names.)
 MAY_CHANGE = ("device", "threads", "compile", "deterministic", "profile", "dist.", "checkpoint.", "log.")
-MAY_CHANGE += ("data.root", "data.download", "data.workers", "data.max_bad_share")
+MAY_CHANGE += ("data.root", "data.train_images", "data.train_annotations", "data.val_images", "data.val_annotations")
+MAY_CHANGE += ("data.download", "data.workers", "data.max_bad_share")
 MAY_CHANGE += ("model.weights", "model.pretrained", "loss.teacher_weights")
 
 
@@ -72,7 +71,7 @@ def make_deterministic() -> None:
 
 
 class Trainer:
-    """A run's parts (data, model, loss, optimizer, schedule) and its state: `updates`, `epoch` and `step`.
+    """A run's parts (task, data, model, optimizer, schedule) and its state: `updates`, `epoch` and `step`.
 
     Args:
         config: the run.
@@ -96,46 +95,33 @@ class Trainer:
         self.backend = distributed.pick_backend(self.device, config.compile)
         if config.deterministic and self.device.type == "cuda":
             make_deterministic()
-        # Where one fails all do; the first process goes first where there is something to download.
-        if config.data.download and world.size > 1:
-            together(world, lambda: create_data(config, self.device, world).close(), main_only=True)
-        self.data = together(world, lambda: create_data(config, self.device, world))
+        self.task = create_task(config)
+        # Where one fails all do; the first process goes first where there is something to download or to make.
+        if (config.data.download or config.data.name == "shapes") and world.size > 1:
+            together(world, lambda: self.task.create_data(self.device, world).close(), main_only=True)
+        self.data = together(world, lambda: self.task.create_data(self.device, world))
         torch.manual_seed(config.seed)
-        self.model: nn.Module = together(world, lambda: create_model(config, self.data, start=start)).to(self.device)
-        self.augment = BatchAugmentation(config, self.data.num_classes)
-        self.criterion = create_loss(config)
-        self.distillation = together(world, self._distillation)
+        self.model: nn.Module = together(world, lambda: self.task.create_model(self.data, start=start)).to(self.device)
+        together(world, lambda: self.task.begin(self.data, self.device))
         ema = config.optim
         self.ema = (
             ModelEmaV3(self.model, ema.ema_decay, use_warmup=ema.ema_warmup) if ema.ema_decay is not None else None
         )
-        self.has_pos_norms, self.pos_images = has_pos_norms(self.model), None
-        self.flops = self._count_flops()
+        self.has_pos_norms, self.pos_images = has_pos_norms(self.task.features(self.model)), None
+        self.flops = self.task.flops(self.model, self.data, self.device)
         forward = self._distribute()
-        self.forward = torch.compile(forward) if config.compile else forward
+        self.forward = self.task.compile(forward) if config.compile else forward
         self._wrapped = forward
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = together(world, lambda: create_optimizer(config, self.model))
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == "fp16")
         self.schedule = create_schedule(config, self.optimizer, self.data.steps)
         self.updates, self.epoch, self.step = 0, 1, 0
-        self.window, self.whole = Meter(self.device), Meter(self.device)
+        self.window, self.whole = Meter(self.device, config.task), Meter(self.device, config.task)
         self.spikes, self.best, self.bad_images = Spikes(), -1.0, set()
         self.skipped = SkippedUpdates(self.device)
         self.data_wait = 0.0
         self.schedule.update(0)
-
-    def _distillation(self) -> Distillation | None:
-        if self.config.loss.distillation == "none":
-            return None
-        return Distillation(self.config, self.data, self.device)
-
-    @torch.no_grad()
-    def _count_flops(self) -> int:
-        """Floating-point operations of one image's forward pass (matrix products and convolutions)."""
-        with FlopCounterMode(display=False) as counter, backends.use_backend("reference"):
-            self.model.eval()(torch.zeros(1, *self.data.input_size, device=self.device))
-        return counter.get_total_flops()
 
     def _distribute(self) -> nn.Module:
         """The model as it is called in training; shared out or wrapped where there are several processes."""
@@ -161,41 +147,34 @@ class Trainer:
         """The learning rate of the next update: the head's, where parts have their own."""
         return max(group["lr"] for group in self.optimizer.param_groups)
 
-    def autocast(self) -> torch.autocast:
-        return autocast(self.config.amp, self.device)
-
     def _next(self, batches: Iterator[Batch]) -> Batch:
         start = time.perf_counter()
         batch = next(batches)
         self.data_wait += time.perf_counter() - start
-        x = batch.x
-        return Batch(x.to(memory_format=torch.channels_last), batch.y) if self.config.model.channels_last else batch
+        return batch
 
     def update(self, batches: Iterator[Batch]) -> Tensor:
         """One update from the next micro-batches; returns its mean loss on this process (scalar, on the device)."""
         parts, sums = self.data.accumulation, []
         for part in range(parts):
-            x, y = self._next(batches)
+            batch = self._next(batches)
             if part == 0 and self._looks_at_pos(self.updates + 1):
-                self.pos_images = x[:POS_IMAGES].clone()  # augmentation changes batches in place
+                self.pos_images = self.task.images(batch, POS_IMAGES)
             seed_everything(self.config.seed, UPDATE, self.updates, self.world.rank, part)
-            x, target = self.augment(x, y)
             with distributed.gradients_stay(self._wrapped, part + 1 < parts):
-                with self.autocast():
-                    output = self.forward(x)
-                loss, logits = self._loss(output, x, target)
+                loss, counts = self.task.loss(self.forward, batch, self.device)
                 # Where the loss is not finite every gradient shall be, on every process: then all skip the update.
                 finite = loss.detach().isfinite()
                 self.scaler.scale(loss * torch.where(finite, 1 / parts, math.nan)).backward()
-            labels = target if target.ndim == 1 else target.argmax(-1)
-            sums.append(torch.stack([loss.detach() * len(x), (logits.argmax(-1) == labels).sum()]))
-            images = len(x) * parts
-        loss, correct = torch.stack(sums).double().sum(0).unbind()
+            sums.append(torch.cat([(loss.detach() * len(batch.x)).double().view(1), counts.double()]))
+            images = len(batch.x) * parts
+        loss, *counts = torch.stack(sums).sum(0).unbind()
         bad_loss = ~loss.isfinite()
         norm, skipped = self._apply_gradients(bad_loss)
         # In fp64. A loss or norm that is not finite counts as 0.
-        counted = ~bad_loss
-        row = torch.stack([loss, correct * counted, images * counted, norm, torch.ones_like(loss), skipped])
+        counted = (~bad_loss).double()
+        counts = [count.nan_to_num(0.0, 0.0, 0.0) * counted for count in counts]
+        row = torch.stack([loss, *counts, images * counted, norm.double(), torch.ones_like(loss), skipped.double()])
         row.nan_to_num_(0.0, 0.0, 0.0)
         self.window.add(row)
         self.whole.add(row)
@@ -204,14 +183,6 @@ class Trainer:
         if self.ema is not None:
             self.ema.update(self.model, step=self.updates)
         return loss / images
-
-    def _loss(self, output: Any, x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """The loss of a micro-batch, and the logits (B, classes) in fp32."""
-        logits = (output[0] if isinstance(output, tuple) else output).float()
-        loss = self.criterion(logits, target)
-        if self.distillation is not None:
-            loss = self.distillation(output, x, loss)
-        return loss, logits.detach()
 
     def _apply_gradients(self, bad_loss: Tensor) -> tuple[Tensor, Tensor]:
         """Step the optimizer, unless a gradient is not finite: the gradient's norm, and whether it was not (scalars).
@@ -250,8 +221,8 @@ class Trainer:
         images, self.pos_images = self.pos_images, None
         if images is None:
             return None
-        with self.autocast():
-            found = pos_statistics(self.model, images)
+        with self.task.autocast(self.device):
+            found = pos_statistics(self.task.features(self.model), images)
         for key in ("pos_norm", "correlation") if self.world.size > 1 else ():
             # A number that one process does not have is nan, and so is the mean.
             mine = torch.tensor([math.nan if v is None else v for v in found[key]], dtype=torch.float64)
@@ -283,7 +254,7 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module | None = None, on_batch=lambda: None) -> dict[str, float]:
-        """Cross-entropy and accuracy (percent) on the held-out images, each counted once over all processes.
+        """`task.figures.evaluated` on the held-out images, each counted once over all processes.
 
         Args:
             model: what is evaluated, by default the model as it is (`self.ema.module` is its average).
@@ -291,23 +262,7 @@ class Trainer:
         """
         model = self.model if model is None else model
         distributed.broadcast_buffers(model, self.world)
-        model.eval()
-        sums = torch.zeros(3, dtype=torch.float64, device=self.device)
-        for x, y, weight in self.data.test_batches():
-            on_batch()
-            if self.config.model.channels_last:
-                x = x.to(memory_format=torch.channels_last)
-            with self.autocast():
-                logits = model(x)
-            logits = logits.float()
-            losses = F.cross_entropy(logits, y, reduction="none")
-            # A padded image's loss may be anything.
-            losses = torch.where(weight > 0, losses, 0)
-            sums += torch.stack([losses.sum(), ((logits.argmax(-1) == y) * weight).sum(), weight.sum()])
-        loss, correct, images = distributed.add_up(sums, self.world).tolist()
-        if not images:
-            raise TrainingError("no held-out image could be read: look at data.root and data.val_split")
-        return {"loss": loss / images, "acc": 100 * correct / images, "images": int(images)}
+        return self.task.evaluate(model.eval(), self.data, self.world, self.device, on_batch)
 
     # ---- state
 
@@ -361,7 +316,7 @@ class Trainer:
         meters = state["meters"]
         if len(meters) != self.world.size:  # their sum is the first process's
             total = [torch.stack(each).sum(0) for each in zip(*meters, strict=True)]
-            shared = torch.tensor([1.0, 1, 1, 0, 0, 0], dtype=torch.float64)  # the rest is the same on every process
+            shared = self.window.shared  # the rest is the same on every process
             total = [each * shared + one * (1 - shared) for each, one in zip(total, meters[0], strict=True)]
             rest = [one * (1 - shared) for one in meters[0]]
             meters = [total] + [rest] * (self.world.size - 1)
@@ -479,16 +434,16 @@ class Run:
         trainer, config, epoch = self.trainer, self.trainer.config, self.trainer.epoch
         train = trainer.whole.read(trainer.world)
         row = {"epoch": epoch, "step": trainer.updates, "lr": trainer.schedule.lr_at((epoch - 1) * trainer.data.steps)}
-        row |= {"train_loss": train["loss"], "train_acc": train["acc"]}
-        is_best = False
+        figures, is_best = trainer.task.figures, False
+        row |= {f"train_{figure.key}": train[figure.key] for figure in figures.trained}
         if epoch % config.eval_interval == 0 or epoch == config.total_epochs:
             models = {"test": trainer.model} | ({"ema": trainer.ema.module} if trainer.ema else {})
             for name, model in models.items():
                 found = trainer.evaluate(model, self.poll)
-                row |= {f"{name}_loss": found["loss"], f"{name}_acc": found["acc"]}
+                row |= {f"{name}_{figure.key}": found[figure.key] for figure in figures.evaluated}
             self._log_bad_images()
-            is_best = row["test_acc"] > trainer.best
-            trainer.best = max(trainer.best, row["test_acc"])
+            is_best = row[f"test_{figures.main.key}"] > trainer.best
+            trainer.best = max(trainer.best, row[f"test_{figures.main.key}"])
         row |= {"grad_norm": train["grad_norm"], "skipped": train["skipped"], "bad_images": len(trainer.bad_images)}
         self.log.epoch(row | {"img_s": img_s}, is_best)
         trainer.whole.reset()
@@ -496,8 +451,12 @@ class Run:
         self._save_weights(is_best)
         self.save()
         if self.folder is not None:
-            known = {name: row[name] for name in ("test_acc", "ema_acc") if name in row}
-            self.folder.set_status("running", epoch=epoch, step=trainer.updates, best_acc=trainer.best, **known)
+            known = {name: row[name] for part in ("test", "ema") if (name := f"{part}_{figures.main.key}") in row}
+            self.folder.set_status("running", epoch=epoch, step=trainer.updates, **self._best(), **known)
+
+    def _best(self) -> dict[str, float]:
+        """What status.json says of the best evaluation so far."""
+        return {f"best_{self.trainer.task.figures.main.key}": self.trainer.best}
 
     def _save_weights(self, is_best: bool) -> None:
         """Write last/, and best/ and ema/ where there is something new."""
@@ -536,7 +495,7 @@ class Run:
             )
             done += f"{trainer.epoch}, as a stream of images can't be entered in the middle"
         if self.folder is not None:
-            self.folder.set_status("preempted", epoch=trainer.epoch, step=trainer.updates, best_acc=trainer.best)
+            self.folder.set_status("preempted", epoch=trainer.epoch, step=trainer.updates, **self._best())
         stopped = Stopped(f"{self.signals.received or 'a signal to another process'}: {done}")
         stopped.shared = True
         raise stopped
@@ -603,6 +562,7 @@ def train(config: Config, out: Path | None, recipe: str, resume: str = "never") 
                 tensorboard=config.log.tensorboard,
                 wandb=config.log.wandb,
                 config=to_dict(config),
+                task=config.task,
             ) as log:
                 Run(trainer, signals, log, folder, checkpoints).fit()
             if main:
@@ -622,21 +582,25 @@ def train(config: Config, out: Path | None, recipe: str, resume: str = "never") 
             return None
         # Not there if the log was removed, or the disk was full to the end.
         last = next((row for row in read_log(folder.path, "epoch") if row["step"] == trainer.updates), {})
-        figures = {name: last[name] for name in ("test_acc", "ema_acc") if last.get(name) is not None}
+        main_figure = trainer.task.figures.main
+        test, ema = (f"{part}_{main_figure.key}" for part in ("test", "ema"))
+        figures = {name: last[name] for name in (test, ema) if last.get(name) is not None}
         folder.set_status("finished", epoch=config.total_epochs, step=trainer.updates, **figures)
         if not figures:
-            show(f"finished; {folder.path / 'log.jsonl'} has lost the accuracy, which `mpvg eval {folder.path}` finds")
+            lost = f"{folder.path / 'log.jsonl'} has lost the {main_figure.name}"
+            show(f"finished; {lost}, which `mpvg eval {folder.path}` finds")
             return folder
-        ema = f", EMA {figures['ema_acc']:.2f} %" if "ema_acc" in figures else ""
+        average = f", EMA {main_figure.show(figures[ema])}" if ema in figures else ""
         show(
-            f"test accuracy {last['test_acc']:.2f} %{ema} after {config.total_epochs} epochs, "
+            f"test {main_figure.name} {main_figure.show(last[test])}{average} after {config.total_epochs} epochs, "
             f"{time.perf_counter() - start:.0f} s; report in {folder.path / 'report.md'}"
         )
         return folder
 
 
 def _report(folder: RunFolder) -> None:
-    if not any(row.get("test_acc") is not None for row in read_log(folder.path, "epoch")):
+    key = f"test_{FIGURES[folder.config().task].main.key}"
+    if not any(row.get(key) is not None for row in read_log(folder.path, "epoch")):
         print_warning(f"{folder.path / 'log.jsonl'} has no evaluated epoch, so there is no report.md")
         return
     try:
@@ -741,7 +705,8 @@ def _copy_past(source: RunFolder, folder: RunFolder, restored: Restored) -> None
             if (source.path / name).exists():
                 shutil.copyfile(source.path / name, folder.path / name)
         epochs = read_log(source.path, "epoch")
-        best = max((row.get("test_acc", -1.0) for row in epochs), default=-1.0)
+        main = FIGURES[source.config().task].main
+        best = max((row.get(f"test_{main.key}", -1.0) for row in epochs), default=-1.0)
         of_then = dict.fromkeys(WEIGHTS, all(row["step"] <= restored.step for row in epochs))
         of_then["best"] = best == restored.state["best"]
         for name in WEIGHTS:
@@ -751,8 +716,8 @@ def _copy_past(source: RunFolder, folder: RunFolder, restored: Restored) -> None
         raise InputError(f"{source.path} can't be copied to {folder.path} ({reason(error)})") from None
     if epochs and not of_then["best"]:
         print_warning(
-            f"{source.path / 'best'} is of a later update: {folder.path / 'best'} comes with the first accuracy above "
-            f"{restored.state['best']:.2f} %"
+            f"{source.path / 'best'} is of a later update: {folder.path / 'best'} comes with the first {main.name} "
+            f"above {main.show(restored.state['best'])}"
         )
 
 

@@ -23,10 +23,9 @@ from tqdm import tqdm
 from . import InputError
 from .config import Log
 from .distributed import World
+from .figures import FIGURES, Figure, means
 from .run_folder import finite, show
 
-COLUMNS = ("epoch", "step", "lr", "train_loss", "train_acc", "test_loss", "test_acc", "ema_loss", "ema_acc")
-COLUMNS += ("grad_norm", "skipped", "bad_images", "img_s")
 TIMES = ("time", "img_s", "data_wait", "memory_mb", "tflops", "mfu")
 """Keys of a log line that differ from one run to the next."""
 PLAIN_INTERVAL_S = 60.0
@@ -35,41 +34,55 @@ PLAIN_INTERVAL_S = 60.0
 PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "A100": 312.0, "L40S": 362.0, "A10": 125.0, "V100": 125.0}
 
 
-class Meter:
-    """Sums over updates (loss, accuracy, gradient norm, skipped ones), on the device, so that no update waits for one.
+def columns(task: str) -> tuple[str, ...]:
+    """The columns of metrics.csv."""
+    figures = FIGURES[task]
+    trained = [f"train_{figure.key}" for figure in figures.trained]
+    evaluated = [f"{part}_{figure.key}" for part in ("test", "ema") for figure in figures.evaluated]
+    return ("epoch", "step", "lr", *trained, *evaluated, "grad_norm", "skipped", "bad_images", "img_s")
 
-    One vector of fp64 for each process; only `read` adds them up. Accuracy is against a mixed target's larger share.
+
+class Meter:
+    """Sums over updates (loss, the task's counters, gradient norm, skipped ones), on the device, so that no update
+    waits for one.
+
+    One vector of fp64 for each process; only `read` adds them up.
+
+    Attributes:
+        keys: what is summed up.
+        shared: 1 where each process has a part of the sum, 0 where it is the same on all; like `sums`, on the CPU.
     """
 
-    KEYS = ("loss", "correct", "images", "grad_norm", "updates", "skipped")
-
-    def __init__(self, device: torch.device):
-        self.sums = torch.zeros(len(self.KEYS), dtype=torch.float64, device=device)
+    def __init__(self, device: torch.device, task: str = "classification"):
+        self.task = task
+        parts = ("loss", *FIGURES[task].counters, "images")
+        self.keys = (*parts, "grad_norm", "updates", "skipped")
+        self.sums = torch.zeros(len(self.keys), dtype=torch.float64, device=device)
+        self.shared = torch.tensor([key in parts for key in self.keys], dtype=torch.float64)
 
     def add(self, sums: Tensor) -> None:
-        """Count one update's sums (6,), in the order of KEYS."""
+        """Count one update's sums, in the order of `keys`."""
         self.sums += sums
 
     def reset(self) -> None:
         self.sums.zero_()
 
     def read(self, world: World) -> dict[str, float]:
-        """loss (mean over images), acc (percent), grad_norm (mean over the updates not skipped), skipped, images.
+        """The task's trained figures, grad_norm (mean over the updates not skipped), skipped, images.
 
-        Images of a micro-batch whose loss was not finite are left out; where there are no others loss and acc are nan.
+        Images of a micro-batch whose loss was not finite are left out; where there are no others the figures are nan.
         """
         sums = self.sums.clone()
         if world.size > 1:
-            shared = sums[:3].clone()  # the others are the same on every process
+            parts = int(self.shared.sum())
+            shared = sums[:parts].clone()  # the others are the same on every process
             dist.all_reduce(shared)
-            sums[:3] = shared
-        loss, correct, images, grad_norm, updates, skipped = sums.tolist()  # waits for the device
-        return {
-            "loss": loss / images if images else math.nan,
-            "acc": 100 * correct / images if images else math.nan,
-            "grad_norm": grad_norm / max(updates - skipped, 1),
-            "skipped": int(skipped),
-            "images": int(images),
+            sums[:parts] = shared
+        found = dict(zip(self.keys, sums.tolist(), strict=True))  # waits for the device
+        return means(self.task, found) | {
+            "grad_norm": found["grad_norm"] / max(found["updates"] - found["skipped"], 1),
+            "skipped": int(found["skipped"]),
+            "images": int(found["images"]),
         }
 
 
@@ -162,7 +175,7 @@ def _has_terminal() -> bool:
 class RunLog:
     """log.jsonl (a line every few updates and one an epoch), metrics.csv (a row an epoch), and the progress shown.
 
-    On a terminal the progress is a bar with loss, accuracy and img/s; elsewhere plain lines, one an epoch and one a
+    On a terminal the progress is a bar with loss, main figure and img/s; elsewhere plain lines, one an epoch and one a
     minute. TensorBoard and W&B get the same numbers.
 
     Args:
@@ -172,6 +185,7 @@ class RunLog:
         tensorboard: write its files: True, False, or None where it is installed.
         wandb: W&B project, or None.
         config: the run's config, for W&B.
+        task: what is trained, whose figures the rows have.
     """
 
     def __init__(
@@ -183,16 +197,18 @@ class RunLog:
         tensorboard: bool | None = False,
         wandb: str | None = None,
         config: dict[str, Any] | None = None,
+        task: str = "classification",
     ):
+        self._columns, self._figures = columns(task), FIGURES[task]
         self._files: dict[str, LogFile] = {}
         self._bar = self._tensorboard = self._wandb = None
         self._shown = folder is not None
-        self._total, self._epoch_acc, self._last_plain = total, "", time.monotonic()
+        self._total, self._epoch_shown, self._last_plain = total, "", time.monotonic()
         if folder is None:
             return
         self._files = {name: LogFile(folder / name, self.warn) for name in ("log.jsonl", "metrics.csv")}
         if not (folder / "metrics.csv").stat().st_size:
-            self._files["metrics.csv"].write(",".join(COLUMNS))
+            self._files["metrics.csv"].write(",".join(self._columns))
         if _has_terminal():
             self._bar = tqdm(total=total, initial=done, unit="step", dynamic_ncols=True)
         if tensorboard is not False:
@@ -246,13 +262,15 @@ class RunLog:
             self._wandb.log(numbers, step=row["step"])
 
     def train(self, row: dict[str, Any]) -> None:
-        """Log the updates since the last call; `row` has epoch, step, lr, loss, acc, img_s and more."""
+        """Log the updates since the last call; `row` has epoch, step, lr, the trained figures, img_s and more."""
         self.write("train", row)
         self._numbers(row, "train")
-        shown = f"epoch {row['epoch']}, loss {row['loss']:.3f}, acc {row['acc']:.1f} %, {row['img_s']:.0f} img/s"
+        shown = f"epoch {row['epoch']}, loss {row['loss']:.3f}, "
+        shown += f"acc {row['acc']:.1f} %, " if "acc" in self._figures.shown else ""
+        shown += f"{row['img_s']:.{0 if row['img_s'] >= 10 else 1}f} img/s"
         if self._bar is not None:
             self._bar.update(row["step"] - self._bar.n)
-            self._bar.set_postfix_str(shown + self._epoch_acc)
+            self._bar.set_postfix_str(shown + self._epoch_shown)
         elif self._files and time.monotonic() - self._last_plain >= PLAIN_INTERVAL_S:
             self.say(f"step {row['step']}/{self._total}  {shown}  lr {row['lr']:.1e}")
             self._last_plain = time.monotonic()
@@ -265,22 +283,30 @@ class RunLog:
             self._numbers(by_layer | {"step": row["step"]}, f"pos/{key}")
 
     def epoch(self, row: dict[str, Any], best: bool) -> None:
-        """Log an epoch with its evaluation; `row` has COLUMNS, those of what was not evaluated aside."""
+        """Log an epoch with its evaluation; `row` has `columns`, those of what was not evaluated aside."""
         self.write("epoch", row)
         self._numbers(row, "epoch")
         if not self._files:
             return
-        self._files["metrics.csv"].write(",".join(str(row.get(name, "")) for name in COLUMNS))
-        parts = [
-            f"{name} loss {row[f'{key}_loss']:.4f} acc {row[f'{key}_acc']:6.2f} %"
-            for key, name in (("train", "train"), ("test", "test"), ("ema", "ema"))
-            if f"{key}_loss" in row
-        ]
-        self._epoch_acc = f", test {row['test_acc']:.2f} %" if "test_acc" in row else self._epoch_acc
+        self._files["metrics.csv"].write(",".join(str(row.get(name, "")) for name in self._columns))
+        main = self._figures.main
+        parts = [self._part("train", self._figures.trained, row)]
+        parts += [self._part(part, self._figures.evaluated, row) for part in ("test", "ema")]
+        if (name := f"test_{main.key}") in row:
+            self._epoch_shown = f", test {main.show(row[name])}"
         if self._bar is None:
-            end = f"{row['img_s']:6.0f} img/s{'  best' if best else ''}"
-            self.say(f"epoch {row['epoch']:>3}  lr {row['lr']:.1e}  {'  '.join(parts)}  {end}")
+            end = f"{row['img_s']:6.{0 if row['img_s'] >= 10 else 1}f} img/s{'  best' if best else ''}"
+            self.say(f"epoch {row['epoch']:>3}  lr {row['lr']:.1e}  {'  '.join(filter(None, parts))}  {end}")
             self._last_plain = time.monotonic()
+
+    def _part(self, part: str, figures: tuple[Figure, ...], row: dict[str, Any]) -> str:
+        """`test loss 0.1234 acc  98.61 %`: those of a part's figures that the progress shows."""
+        words = [
+            f"{figure.key} {row[name]:{'' if figure.spec == '.4f' else 6}{figure.spec}}{figure.unit}"
+            for figure in figures
+            if figure.key in self._figures.shown and (name := f"{part}_{figure.key}") in row
+        ]
+        return f"{part} {' '.join(words)}" if words else ""
 
     def __exit__(self, *_) -> None:
         for file in self._files.values():

@@ -9,15 +9,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import timm
 import torch
 from timm.models import get_pretrained_cfg, model_entrypoint
 from torch import nn
 
 from ..models import load_weights
+from ..models.dense import DenseModel, create_dense
 from ..models.weights import classifier_names, differences, keep_own_head, parameters_of, read_checkpoint
 from . import InputError, near_matches
-from .config import Config, get
+from .config import Config, Model, get
 
 _logger = logging.getLogger(__name__)
 
@@ -26,6 +28,11 @@ ARGUMENTS = (
     *("scheme", "patch_size", "embed_dim", "depth", "num_heads"),
     *("drop_rate", "attn_drop_rate", "drop_path_rate"),
 )
+
+# What a ViT-Adapter's arguments are called in config.Adapter.
+ADAPTER_ARGUMENTS = {name: name for name in ("window_size", "global_layers", "conv_inplane")}
+ADAPTER_ARGUMENTS |= {name: name for name in ("deform_num_heads", "deform_ratio")}
+ADAPTER_ARGUMENTS |= {"img_size": "pretrain_size", "interaction_indexes": "interactions"}
 
 
 def check_name(field: str, name: str) -> None:
@@ -71,6 +78,61 @@ def create_model(config: Config, data: Any, *, start: bool = True) -> nn.Module:
     return model.to(memory_format=torch.channels_last) if fields.channels_last else model
 
 
+def create_dense_model(config: Config, data: Any, *, start: bool = True, head_args: dict[str, Any]) -> DenseModel:
+    """The config's model for detection or segmentation, see `create_model`.
+
+    model.weights may be a classification run's, for the backbone, or those of a run of the same task.
+
+    Args:
+        data: has input_size (C, H, W), num_classes and preprocessing, which is noted in the model's `preprocessing`.
+        head_args: options of the task's model.
+
+    Raises:
+        InputError: the model can't be built so, or the weights do not fit; the message names the field.
+    """
+    fields, options = config.model, config.model.adapter
+    if start:
+        _check_start(config)
+    check_name("model.name", fields.name)
+    _check_scheme(fields)
+    args = {name: getattr(fields, name) for name in ARGUMENTS if getattr(fields, name) is not None}
+    for name, field in ADAPTER_ARGUMENTS.items():
+        if (value := getattr(options, field)) not in (None, ()):
+            args[name] = value
+    if options.interactions is not None:
+        layers = range(fields.depth or 12)
+        if options.interactions > len(layers):
+            raise InputError(
+                f"config field model.adapter.interactions is {options.interactions}, expected at most the "
+                f"{len(layers)} layers"
+            )
+        groups = np.array_split(layers, options.interactions)
+        args["interaction_indexes"] = [(int(group[0]), int(group[-1])) for group in groups]
+    if data.input_size[0] != 3:
+        args["in_chans"] = data.input_size[0]
+    pretrained = fields.pretrained and start
+    with _build_errors(fields, args, pretrained):
+        backbone_args = {**args, "pretrained": pretrained}
+        model = create_dense(
+            config.task, fields.name, data.num_classes, backbone_args=backbone_args, head_args=head_args
+        )
+    model.preprocessing = dict(data.preprocessing)
+    if fields.weights and start:
+        source = weights_path(fields.weights)
+        try:
+            if any(name.startswith("backbone.") for name in parameters_of(read_checkpoint(source))):
+                model.load_weights(source)
+            else:
+                with _trained_at(model.trunk, source, fields.name):
+                    model.load_backbone(source)
+        except ValueError as error:
+            raise InputError(f"config field model.weights is {fields.weights!r}: {first_line(error)}") from None
+    freeze(model, config)
+    if fields.grad_checkpointing:
+        model.set_grad_checkpointing()
+    return model.to(memory_format=torch.channels_last) if fields.channels_last else model
+
+
 def autocast(amp: str, device: torch.device) -> torch.autocast:
     """The context in which a config's `amp` (none, bf16 or fp16) is in effect."""
     return torch.autocast(device.type, torch.float16 if amp == "fp16" else torch.bfloat16, enabled=amp != "none")
@@ -91,25 +153,38 @@ def _check_start(config: Config) -> None:
 def _build(config: Config, data: Any, pretrained: bool) -> nn.Module:
     fields = config.model
     check_name("model.name", fields.name)
-    if fields.scheme is not None and not _is_own(fields.name):
-        raise InputError(
-            f"config field model.scheme is {fields.scheme!r}, expected None: {fields.name} is timm's own model, whose "
-            "position embedding has no scheme"
-        )
+    _check_scheme(fields)
     channels, *size = data.input_size
     args = {name: getattr(fields, name) for name in ARGUMENTS if getattr(fields, name) is not None}
     args |= {"num_classes": data.num_classes, "in_chans": channels}
     registered = get_pretrained_cfg(fields.name)
     if registered is None or registered.fixed_input_size:  # the others take any size and no img_size
         args["img_size"] = tuple(size)
-    try:
+    with _build_errors(fields, args, pretrained):
         return timm.create_model(
             fields.name, pretrained=pretrained, pretrained_cfg_overlay=dict(data.preprocessing), **args
         )
+
+
+def _check_scheme(fields: Model) -> None:
+    if fields.scheme is not None and not _is_own(fields.name):
+        raise InputError(
+            f"config field model.scheme is {fields.scheme!r}, expected None: {fields.name} is timm's own model, whose "
+            "position embedding has no scheme"
+        )
+
+
+@contextlib.contextmanager
+def _build_errors(fields: Model, args: dict[str, Any], pretrained: bool) -> Iterator[None]:
+    """An InputError for what goes wrong inside, where the config's model is built with `args`."""
+    try:
+        yield
     except TypeError as error:
         unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
-        if unknown and unknown[1] in ARGUMENTS:
-            field, value = f"model.{unknown[1]}", args[unknown[1]]
+        names = {name: f"model.{name}" for name in ARGUMENTS}
+        names |= {name: f"model.adapter.{field}" for name, field in ADAPTER_ARGUMENTS.items()}
+        if unknown and unknown[1] in names and unknown[1] in args:
+            field, value = names[unknown[1]], args[unknown[1]]
             raise InputError(f"config field {field} is {value!r}, which {fields.name} does not have") from None
         raise InputError(f"{fields.name} can't be built with {args}: {first_line(error)}") from error
     except (ValueError, AssertionError, RuntimeError, OSError) as error:  # the last two from a download
@@ -199,6 +274,11 @@ def _trained_at(model: nn.Module, source: Path, name: str) -> Iterator[None]:
         model.pretrained_model_args = before
 
 
+def head_names(model: nn.Module) -> list[str]:
+    """Names of the parameters of the head: a classifier's, or all but the backbone's."""
+    return model.head_names() if isinstance(model, DenseModel) else classifier_names(model)
+
+
 # ---- frozen parts
 
 
@@ -210,7 +290,7 @@ def freeze(model: nn.Module, config: Config) -> None:
     """
     names = dict(model.named_parameters())
     if config.model.linear_probe:
-        head = set(classifier_names(model))
+        head = set(head_names(model))
         frozen = names.keys() - head
     else:
         frozen = set()
@@ -235,7 +315,7 @@ def _begins(name: str, prefix: str) -> bool:
 
 def train_mode(model: nn.Module, config: Config) -> None:
     """Training mode, but for frozen parts: their dropout stays off, their batch norms keep their statistics."""
-    head = {name.rpartition(".")[0] for name in classifier_names(model)}
+    head = {name.rpartition(".")[0] for name in head_names(model)}
     model.train()
     for name, module in model.named_modules():
         if config.model.linear_probe:

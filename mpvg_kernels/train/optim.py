@@ -5,15 +5,15 @@ from typing import Any
 
 import timm.optim
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
-from timm.scheduler import CosineLRScheduler, PolyLRScheduler, StepLRScheduler
+from timm.scheduler import CosineLRScheduler, MultiStepLRScheduler, PolyLRScheduler, StepLRScheduler
 from torch import nn
 from torch.optim import Optimizer
 
-from ..models.weights import classifier_names
 from . import InputError, near_matches
-from .config import Config, Optim
+from .config import Config, Optim, Sched
 from .data.order import accumulation
 from .distributed import World
+from .model import head_names
 
 # ---- optimizer
 
@@ -91,7 +91,7 @@ def parameter_groups(fields: Optim, model: nn.Module, lr: float) -> list[dict[st
     groups = param_groups_weight_decay(model, **decay)
     if fields.backbone_lr_scale == 1:
         return groups
-    names = set(classifier_names(model))
+    names = set(head_names(model))
     head = {id(p) for name, p in model.named_parameters() if name in names}
     parts = [
         group | {"params": [p for p in group["params"] if (id(p) in head) == is_head], "lr": lr * scale}
@@ -102,6 +102,11 @@ def parameter_groups(fields: Optim, model: nn.Module, lr: float) -> list[dict[st
 
 
 # ---- schedule
+
+
+def has_warmup(sched: Sched) -> bool:
+    """Whether the schedule begins with a warm-up."""
+    return (sched.warmup_epochs if sched.warmup_updates is None else sched.warmup_updates) > 0
 
 
 def learning_rates(config: Config) -> dict[str, float]:
@@ -116,7 +121,7 @@ def learning_rates(config: Config) -> dict[str, float]:
     peak, ends = optim.lr * scale, scale if sched.scale_with_batch else 1.0
     rates = {"peak": peak, "warmup": sched.warmup_lr * ends, "min": sched.min_lr * ends}
     lowest = peak * min(1.0, optim.backbone_lr_scale)
-    for name, used in (("warmup", sched.warmup_epochs > 0), ("min", sched.name in ("cosine", "poly"))):
+    for name, used in (("warmup", has_warmup(sched)), ("min", sched.name in ("cosine", "poly"))):
         if used and rates[name] > lowest:
             value, backbone = getattr(sched, f"{name}_lr"), f" x optim.backbone_lr_scale {optim.backbone_lr_scale:g}"
             raise InputError(
@@ -152,6 +157,12 @@ class Schedule:
         self.steps = 1 if sched.per == "update" else steps  # updates of a unit of time
         units = steps if sched.per == "update" else 1  # units of time of an epoch
         warmup, total = int(sched.warmup_epochs * units), config.epochs * units
+        if sched.warmup_updates is not None:
+            warmup = sched.warmup_updates
+            if warmup >= total:
+                raise InputError(
+                    f"config field sched.warmup_updates is {warmup}, expected less than the {total} updates of the run"
+                )
         args = {"warmup_t": warmup, "warmup_lr_init": rates["warmup"], "warmup_prefix": sched.warmup_prefix}
         if sched.name in ("cosine", "poly"):
             args |= {"t_initial": total - warmup if sched.warmup_prefix else total, "lr_min": rates["min"]}
@@ -160,6 +171,10 @@ class Schedule:
                 self.timm = CosineLRScheduler(optimizer, **args)
             case "poly":
                 self.timm = PolyLRScheduler(optimizer, power=sched.decay_rate, **args)
+            case "step" if sched.decay_at:
+                # timm's steps come one unit earlier than they are told.
+                decay_t = [round(epoch * units) + 1 for epoch in sched.decay_at]
+                self.timm = MultiStepLRScheduler(optimizer, decay_t, decay_rate=sched.decay_rate, **args)
             case "step":
                 decay = {"decay_t": sched.decay_epochs * units, "decay_rate": sched.decay_rate}
                 self.timm = StepLRScheduler(optimizer, **decay, **args)
@@ -195,9 +210,11 @@ def describe(config: Config, steps: int, world: World = World(), optimizer: Opti
         lines[0] += f", {rates['peak'] * optim.backbone_lr_scale:g} for all but the head"
     if optim.layer_decay is not None:
         lines[0] += f", x {optim.layer_decay:g} for each layer below the head"
-    if sched.warmup_epochs:
+    if has_warmup(sched):
         kind = "before the curve" if sched.warmup_prefix else "within the curve"
-        lines[0] += f", warm-up from {rates['warmup']:g} in {sched.warmup_epochs:g} epochs ({kind})"
+        updates = sched.warmup_updates
+        length = f"{sched.warmup_epochs:g} epochs" if updates is None else f"{updates} updates"
+        lines[0] += f", warm-up from {rates['warmup']:g} in {length} ({kind})"
     falls = f" to {rates['min']:g}" if sched.name in ("cosine", "poly") else ""
     cooldown = f" and {sched.cooldown_epochs} of cool-down" if sched.cooldown_epochs else ""
     lines.append(

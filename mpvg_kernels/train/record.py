@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from . import InputError
+from .figures import FIGURES, Figures
 from .metrics import parse_lines
 from .run_folder import RunFolder
 
@@ -65,6 +66,17 @@ class RunRecord:
         return value
 
     @property
+    def task(self) -> str:
+        """classification (also where nothing says another), detection or segmentation."""
+        task = self.setting("task")
+        return task if task in FIGURES else "classification"
+
+    @property
+    def figures(self) -> Figures:
+        """What the run measures."""
+        return FIGURES[self.task]
+
+    @property
     def state(self) -> str:
         """running, preempted, finished, failed, or unknown."""
         return str(self.status.get("state", "unknown"))
@@ -84,17 +96,23 @@ class RunRecord:
     @property
     def evaluated(self) -> list[Row]:
         """The epochs whose weights were evaluated."""
-        return [row for row in self.epochs if number(row, "test_acc") is not None]
+        return [row for row in self.epochs if number(row, f"test_{self.figures.main.key}") is not None]
 
     def results(self) -> list[tuple[str, Row, str]]:
         """What came out: (weights, its line of the log, prefix of its keys there) for last, best and ema weights.
 
-        Empty where nothing was evaluated. The best epoch is the first of the highest held-out accuracy, as for best/.
+        Empty where nothing was evaluated. The best epoch is the first of the highest main figure, as for best/.
         """
         if not (rows := self.evaluated):
             return []
-        found = [("last", rows[-1], "test"), ("best", max(rows, key=lambda row: row["test_acc"]), "test")]
-        return found + ([("ema", rows[-1], "ema")] if number(rows[-1], "ema_acc") is not None else [])
+        key = self.figures.main.key
+        found = [("last", rows[-1], "test"), ("best", max(rows, key=lambda row: row[f"test_{key}"]), "test")]
+        return found + ([("ema", rows[-1], "ema")] if number(rows[-1], f"ema_{key}") is not None else [])
+
+    def result(self) -> str | None:
+        """The last weights' main figure as it is printed, None where nothing was evaluated."""
+        main = self.figures.main
+        return main.show(self.evaluated[-1][f"test_{main.key}"]) if self.evaluated else None
 
     def seconds(self) -> float | None:
         """Seconds in which the run was at work, evaluation included: from each start to the last line left of it.

@@ -17,13 +17,16 @@ FAIR = "The best weights are chosen on the held-out images themselves, so the fa
 
 
 def results_table(records: list[RunRecord]) -> Table:
-    """Accuracy and losses of the last, best and average weights, of every run that was evaluated."""
-    header = ("weights", "epoch", "test accuracy", "test loss", "training loss")
+    """The figures of the last, best and average weights, of every run that was evaluated."""
+    # Each task's main one first; runs of different tasks have gaps in the others' columns.
+    figures = dict.fromkeys(f for record in records for f in (record.figures.main, *record.figures.evaluated))
+    header = ("weights", "epoch", *(f"test {figure.name}" for figure in figures), "training loss")
     rows = [
         (
             *([record.label] if len(records) > 1 else []),
-            *(name, row.get("epoch", "-"), figure_of(number(row, f"{key}_acc"), ".2f", " %")),
-            *(figure_of(number(row, each), ".4f") for each in (f"{key}_loss", "train_loss")),
+            *(name, row.get("epoch", "-")),
+            *(f.show(number(row, f"{key}_{f.key}") if f in record.figures.evaluated else None) for f in figures),
+            figure_of(number(row, "train_loss"), ".4f"),
         )
         for record in records
         for name, row, key in record.results()
@@ -81,8 +84,9 @@ def write_report(run: RunFolder, sections: str = "") -> None:
     """
     record = collect(run.path)
     plot_curves(record)
-    results = record.results()
-    title = f"{results[0][1]['test_acc']:.2f} % on the held-out images" if results else "no evaluated epoch"
+    result, main = record.result(), record.figures.main
+    shown = result if record.task == "classification" else f"{main.name} {result}"
+    title = f"{shown} on the held-out images" if result else "no evaluated epoch"
     lines = "\n".join(f"- {name}: {escape(text)}" for name, text in facts(record).items())
     text = f"""# {escape(record.info.get("recipe", record.label))}: {title}
 
@@ -90,7 +94,7 @@ def write_report(run: RunFolder, sections: str = "") -> None:
 
 {FAIR}
 
-![loss and accuracy](curves.png)
+![loss and {main.name}](curves.png)
 
 {lines}
 """

@@ -33,6 +33,7 @@ import torch
 from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 
+from ..models.dense import DenseModel, create_dense
 from ..models.weights import read_checkpoint
 from . import InputError
 from .config import Config, from_dict
@@ -259,9 +260,11 @@ class RunFolder:
     def save(self, name: str, model: nn.Module, tensors: Mapping[str, Tensor] | None = None) -> bool:
         """Write weights and config in timm's format: `timm.create_model("local-dir:RUN/best", pretrained=True)`.
 
+        A model for detection or segmentation, which timm does not know, has a config.json for `create_dense`.
+
         Args:
             name: one of WEIGHTS.
-            model: made by timm.create_model, which has noted in it what it takes to make it again.
+            model: made by timm.create_model or `create_dense`, which have noted in it what it takes to make it again.
             tensors: the weights, where they are not those in the model (an average, or in parts on many devices).
 
         Returns:
@@ -276,8 +279,7 @@ class RunFolder:
         try:
             tmp.mkdir(exist_ok=True)
             safetensors.torch.save_file(copies, tmp / "model.safetensors", metadata={"format": "pt"})
-            names = self.info.get("class_names")
-            save_config_for_hf(model, tmp / "config.json", {"label_names": names} if names else None)
+            write_model_config(model, tmp / "config.json", self.info.get("class_names"))
             folder.mkdir(exist_ok=True)
             for file in sorted(tmp.iterdir()):  # config.json is the same all through the run, so the pair always fits
                 _replace(file, folder / file.name)
@@ -315,8 +317,18 @@ class RunFolder:
             raise InputError(f"{path} does not exist: the run has not saved its {name} weights")
 
 
+def write_model_config(model: nn.Module, path: Path, class_names: list[str] | None) -> None:
+    """Write the config.json of a model, by which `open_model` makes it again."""
+    labels = {"label_names": class_names} if class_names else {}
+    if isinstance(model, DenseModel):
+        write_json(path, {**model.dense_config, "preprocessing": getattr(model, "preprocessing", {}), **labels})
+    else:
+        save_config_for_hf(model, path, labels or None)
+
+
 def open_model(folder: Path) -> nn.Module:
-    """The model of a folder in timm's format (config.json, model.safetensors), on the CPU, in eval mode.
+    """The model of a folder that `RunFolder.save` or timm wrote (config.json, model.safetensors), on the CPU, in eval
+    mode. One for detection or segmentation has `preprocessing` and, where its classes have names, `label_names`.
 
     Raises:
         InputError: they are not there, can't be read, or do not belong together.
@@ -327,7 +339,13 @@ def open_model(folder: Path) -> nn.Module:
                 f"{folder / name} does not exist; expected a folder in timm's format, which has both files"
             )
     try:
-        model = timm.create_model(f"local-dir:{folder.absolute()}", pretrained=False)
+        config = json.loads((folder / "config.json").read_text())
+        if "task" in config:
+            about = {name: config.pop(name, None) for name in ("preprocessing", "label_names")}
+            model = create_dense(**config)
+            model.preprocessing, model.label_names = about.values()
+        else:
+            model = timm.create_model(f"local-dir:{folder.absolute()}", pretrained=False)
     except (OSError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise InputError(f"{folder / 'config.json'} is not a model's config in timm's format ({error})") from None
     _load(folder / "model.safetensors", model, "config.json")

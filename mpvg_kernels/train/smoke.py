@@ -30,7 +30,9 @@ def smoke(config: Config, world: World) -> Config:
     accumulation(config, world)
     rates = learning_rates(config)
     peak = rates["peak"]
-    curve = replace(config.sched, per="update", warmup_epochs=0, cooldown_epochs=0, scale_with_batch=False)
+    curve = replace(
+        config.sched, per="update", warmup_epochs=0, warmup_updates=None, cooldown_epochs=0, scale_with_batch=False
+    )
     # What has no effect without a warm-up is put back, so that nothing warns of it.
     curve = replace(curve, warmup_prefix=False, warmup_lr=min(peak, Sched.warmup_lr), min_lr=min(peak, rates["min"]))
     workers = config.data.workers if config.data.name == "digits" else min(config.data.workers, 1)
@@ -38,7 +40,7 @@ def smoke(config: Config, world: World) -> Config:
         config,
         epochs=1,
         batch=min(config.batch, BATCH * world.size),
-        data=replace(config.data, workers=workers, max_updates=UPDATES, max_test_images=TEST_IMAGES),
+        data=replace(config.data, workers=workers, epoch_updates=UPDATES, max_test_images=TEST_IMAGES),
         optim=replace(config.optim, lr=peak, lr_base_batch=None),
         sched=curve,
         log=replace(config.log, interval=1, pos_interval=config.log.pos_interval and 1),

@@ -12,10 +12,14 @@ from .order import EpochOrder, accumulation
 
 
 class Batch(NamedTuple):
-    """A micro-batch on the device: normalised images x (B, C, H, W) fp32, labels y (B,) int64."""
+    """A micro-batch on the device: normalised images x (B, C, H, W) fp32, labels y (B,) int64.
 
-    x: Tensor
-    y: Tensor
+    Segmentation: y (B, H, W) int64. Detection, and held-out images of both: a list of images (C, H, W), which may
+    differ in size, and a list of targets.
+    """
+
+    x: Any
+    y: Any
 
 
 class Data:
@@ -49,7 +53,7 @@ class Data:
             config.aug.repeats,
             world,
             self.accumulation,
-            config.data.max_updates,
+            config.data.epoch_updates,
         )
         self.steps = self.order.steps
         self._bad: list[dict[str, Any]] = []
@@ -68,8 +72,8 @@ class Data:
         """
         raise NotImplementedError
 
-    def test_batches(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """This process's part of the held-out images: x and y as in training, weight (B,) fp32.
+    def test_batches(self) -> Iterator[tuple[Any, Any, Tensor]]:
+        """This process's part of the held-out images: x and y as in training or as `Batch` says, weight (B,) fp32.
 
         There are as many batches, and as large ones, on every process; the weight is 0 for what pads them and for an
         image that can't be read, else 1. Together the processes have each image once, or data.max_test_images of them.

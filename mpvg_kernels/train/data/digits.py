@@ -68,7 +68,8 @@ class Digits(Data):
         """The augmented images and the labels at every position of an epoch's list, on all processes alike."""
         order = torch.from_numpy(self.order.images(epoch)).to(self.device)
         generator = keyed_generator(self.config.seed, "affine", epoch)
-        theta = affine_matrices(self.train_size, self.config.aug.affine, generator)[: len(order)].to(self.device)
+        most = max(self.train_size, len(order))
+        theta = affine_matrices(most, self.config.aug.affine, generator)[: len(order)].to(self.device)
         x = self.train_x[order]
         grid = F.affine_grid(theta, list(x.shape), align_corners=False)
         # Bilinear sampling would blur strokes of a pixel's width, and no held-out image is blurred.

@@ -18,7 +18,7 @@ from .. import InputError
 from ..config import Config
 from ..distributed import World
 from .digits import Digits, load_splits
-from .images import KeyedImages, KeyLists, Loader, Sample, Source, convert, held_out_transform
+from .images import ByImage, KeyedImages, KeyLists, Loader, Sample, Source, convert, held_out_transform
 from .sources import STREAMS, Split, open_folder, open_split, prefix, preprocessing
 
 SPLITS = {"train": "train_split", "validation": "val_split"}
@@ -167,7 +167,7 @@ class IndexedImages(_LoadedImages):
         self.source = Source(split.images, self.mode)
         self.size = len(self.source)
         blank = torch.zeros(prepared["input_size"], dtype=torch.uint8)
-        self.images = KeyedImages(None, self.source, None, self.transform, blank, 0)
+        self.images = KeyedImages(None, self.source, None, ByImage(self.transform), (blank, 0), 0)
         self.keys, self.workers = KeyLists(), -1
 
     def batches(

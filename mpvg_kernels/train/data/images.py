@@ -7,7 +7,7 @@ import signal
 import threading
 import warnings
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -100,17 +100,34 @@ def _open(path: str) -> Any:
 
 # (epoch, position, index): of a training image; of a held-out one with epoch None, and index -1 for padding.
 Key = tuple[int | None, int, int]
-# Image, label, weight, and the unreadable images that were met.
-Sample = tuple[Tensor, int, float, list[dict[str, Any]]]
+# Image, label or another target, weight, and the unreadable images that were met.
+Sample = tuple[Tensor, Any, float, list[dict[str, Any]]]
+
+
+class ByImage:
+    """A transform of images as one of pairs (image, target); the target stays as it is."""
+
+    def __init__(self, transform: Any):
+        self.transform = transform
+
+    def __call__(self, image: Image.Image, target: Any) -> tuple[Tensor, Any]:
+        return self.transform(image), target
 
 
 class KeyedImages(Dataset):
     """Training and held-out images by key: what a key gives depends on nothing else, so any process may load it.
 
-    `blank` stands for what pads and for what can't be read.
+    Args:
+        train, test: give a pair (PIL image, target) for an index, or raise UnreadableImage; have `name(index)`.
+        transform, test_transform: (image, target) -> the pair (x, y) of a sample; the first one draws from the CPU's
+            global streams.
+        blank: the pair that stands for what pads and for what can't be read.
+        seed: the run's.
     """
 
-    def __init__(self, train: Source, test: Source, transform, test_transform, blank: Tensor, seed: int):
+    def __init__(
+        self, train: Any, test: Any, transform: Any, test_transform: Any, blank: tuple[Tensor, Any], seed: int
+    ):
         self.train, self.test, self.transform, self.test_transform = train, test, transform, test_transform
         self.blank, self.seed = blank, seed
 
@@ -119,17 +136,17 @@ class KeyedImages(Dataset):
         bad: list[dict[str, Any]] = []
         if epoch is None:
             if index >= 0 and (found := self._read(self.test, index, epoch, position, bad)):
-                return self.test_transform(found[0]), found[1], 1.0, bad
-            return self.blank, 0, 0.0, bad
+                return *self.test_transform(*found), 1.0, bad
+            return *self.blank, 0.0, bad
         for attempt in range(TRIES):
             if attempt:
                 index = key_seed(self.seed, "replacement", epoch, position, attempt) % len(self.train)
             if found := self._read(self.train, index, epoch, position, bad):
                 seed_cpu(self.seed, "augment", epoch, position)
-                return self.transform(found[0]), found[1], 1.0, bad
-        return self.blank, 0, 0.0, bad
+                return *self.transform(*found), 1.0, bad
+        return *self.blank, 0.0, bad
 
-    def _read(self, source: Source, index: int, epoch: int | None, position: int, bad: list) -> tuple | None:
+    def _read(self, source: Any, index: int, epoch: int | None, position: int, bad: list) -> tuple | None:
         try:
             return source[index]
         except UnreadableImage as error:
@@ -184,11 +201,18 @@ class Loader:
         workers: number of processes, which stay until `close`; 0 loads in this one.
         pin: whether batches lie in pinned memory.
         generator: what the workers' own seeds come from.
+        collate: makes a batch of a list of samples.
         batching: the DataLoader's arguments that say which samples are a batch.
     """
 
     def __init__(
-        self, dataset: Dataset, workers: int, pin: bool, generator: torch.Generator | None = None, **batching: Any
+        self,
+        dataset: Dataset,
+        workers: int,
+        pin: bool,
+        generator: torch.Generator | None = None,
+        collate: Callable[[list[Sample]], tuple] = collate,
+        **batching: Any,
     ):
         self.turn = 0
         self.loader = DataLoader(
@@ -314,26 +338,35 @@ def held_out_transform(prepared: dict[str, Any], *, pixels: bool = False) -> Any
     return create_transform(**{key: prepared[key] for key in keys}, normalize=not pixels)
 
 
-class ImageData(Data):
-    """A folder, tar file, torchvision's or Hugging Face's data set: whatever has an image at every index."""
+class IndexedData(Data):
+    """Training and held-out images by index, loaded by worker processes.
 
-    def __init__(self, config: Config, device: torch.device, world: World = World()):  # noqa: B008
-        self.preprocessing = preprocessing(config)
-        self.input_size = self.preprocessing["input_size"]
-        self.mode = "L" if self.input_size[0] == 1 else "RGB"
-        splits = open_splits(config, world.rank == 0)
-        self.num_classes, self.class_names = splits.num_classes, splits.class_names
-        self.train, self.test = Source(splits.train, self.mode), Source(splits.test, self.mode)
-        super().__init__(config, device, world, len(self.train), len(self.test))
-        self.format = torch.channels_last if config.model.channels_last else torch.contiguous_format
-        transforms, blank = create_transforms(config, self.preprocessing), torch.zeros(self.input_size)
-        images = KeyedImages(self.train, self.test, *transforms, blank, config.seed)
+    Args:
+        images: what loads them.
+        collate: makes a batch of a list of samples.
+        test_batch: images of a held-out batch; None: as many as of a micro-batch.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        device: torch.device,
+        world: World,
+        images: KeyedImages,
+        collate: Callable[[list[Sample]], tuple] = collate,
+        test_batch: int | None = None,
+    ):
+        super().__init__(config, device, world, len(images.train), len(images.test))
+        self.train, self.test = images.train, images.test
+        self.test_batch = test_batch or self.order.micro_batch
         self.keys = KeyLists()
-        self.loader = Loader(images, config.data.workers, device.type == "cuda", batch_sampler=self.keys)
+        pin = device.type == "cuda"
+        self.loader = Loader(images, config.data.workers, pin, collate=collate, batch_sampler=self.keys)
         self.known_bad: dict[str, str] = {}
 
-    def _to_device(self, x: Tensor) -> Tensor:
-        return x.to(self.device, non_blocking=True, memory_format=self.format)
+    def to_device(self, x: Any, y: Any) -> Batch:
+        """What was collated, on the device."""
+        raise NotImplementedError
 
     def train_batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         images = self.order.images(epoch)
@@ -344,7 +377,7 @@ class ImageData(Data):
         for x, y, weight, bad in self.loader.batches():
             if bad:
                 self._count(bad, readable=bool(weight.all()))
-            yield Batch(self._to_device(x), y.to(self.device, non_blocking=True))
+            yield self.to_device(x, y)
 
     def _count(self, bad: list[dict[str, Any]], readable: bool) -> None:
         """Note unreadable training images, and stop where there are too many."""
@@ -359,19 +392,37 @@ class ImageData(Data):
                 "data.max_bad_share"
             )
 
-    def test_batches(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    def test_batches(self) -> Iterator[tuple[Any, Any, Tensor]]:
         self.keys.lists = (
             [(None, int(index), int(index)) for index in indices]
-            for indices in held_out(
-                self.test_size, self.order.micro_batch, self.world, self.config.data.max_test_images
-            )
+            for indices in held_out(self.test_size, self.test_batch, self.world, self.config.data.max_test_images)
         )
         for x, y, weight, bad in self.loader.batches():
             self._bad += bad
-            yield self._to_device(x), y.to(self.device, non_blocking=True), weight.to(self.device, non_blocking=True)
+            yield *self.to_device(x, y), weight.to(self.device, non_blocking=True)
 
     def name(self, index: int) -> str:
         return self.train.name(index)
 
     def close(self) -> None:
         self.loader.close()
+
+
+class ImageData(IndexedData):
+    """A folder, tar file, torchvision's or Hugging Face's data set: whatever has an image at every index."""
+
+    def __init__(self, config: Config, device: torch.device, world: World = World()):  # noqa: B008
+        self.preprocessing = preprocessing(config)
+        self.input_size = self.preprocessing["input_size"]
+        mode = "L" if self.input_size[0] == 1 else "RGB"
+        splits = open_splits(config, world.rank == 0)
+        self.num_classes, self.class_names = splits.num_classes, splits.class_names
+        self.format = torch.channels_last if config.model.channels_last else torch.contiguous_format
+        transforms, blank = create_transforms(config, self.preprocessing), (torch.zeros(self.input_size), 0)
+        sources = (Source(split, mode) for split in (splits.train, splits.test))
+        images = KeyedImages(*sources, *map(ByImage, transforms), blank, config.seed)
+        super().__init__(config, device, world, images)
+
+    def to_device(self, x: Tensor, y: Tensor) -> Batch:
+        x = x.to(self.device, non_blocking=True, memory_format=self.format)
+        return Batch(x, y.to(self.device, non_blocking=True))

@@ -89,7 +89,9 @@ class EpochOrder:
     number of images there are. Step s takes the positions [s*batch, (s+1)*batch) of the list, and process r every
     world.size-th of these, beginning with its rank: so another number of processes sees the same updates, and the
     repeats of an image go to different processes (repeated augmentation, Hoffer et al. 2020, as DeiT has it).
-    `max_updates` ends an epoch early: the rest of its list is not seen.
+
+    With `epoch_updates` an epoch has that many updates, and the passes over the images follow one another: the lists,
+    one behind the other, are cut into epochs of that length.
 
     Attributes:
         steps: updates of an epoch.
@@ -107,22 +109,28 @@ class EpochOrder:
         repeats: int,
         world: World,
         accumulation: int,
-        max_updates: int | None = None,
+        epoch_updates: int | None = None,
     ):
         self.n, self.batch, self.seed, self.repeats = n, batch, seed, repeats
         self.world, self.accumulation = world, accumulation
-        self.steps, self.micro_batch = n // batch, batch // world.size // accumulation
-        if not self.steps:
+        self.whole, self.micro_batch = n // batch * batch, batch // world.size // accumulation
+        if not self.whole:
             raise InputError(f"config field batch is {batch}, expected at most the {n} training images")
-        self.steps = min(self.steps, max_updates or self.steps)
+        self.steps = epoch_updates or n // batch
 
     def images(self, epoch: int) -> np.ndarray:
         """The image at each position of an epoch's list: (steps * batch,) int64."""
-        seed = key_seed(self.seed, "order", epoch)
+        count = self.steps * self.batch
+        done, begin = divmod((epoch - 1) * count, self.whole)
+        passes = range(done + 1, done + 1 - (-(begin + count) // self.whole))
+        return np.concatenate([self._pass(number) for number in passes])[begin : begin + count]
+
+    def _pass(self, number: int) -> np.ndarray:
+        """The images of a pass, from 1: (whole,) int64."""
+        seed = key_seed(self.seed, "order", number)
         # numpy promises that this legacy generator's numbers stay the same in all its versions.
         order = np.random.RandomState([seed & 0xFFFFFFFF, seed >> 32]).permutation(self.n)
-        count = self.steps * self.batch
-        return np.repeat(order[: -(-count // self.repeats)], self.repeats)[:count]
+        return np.repeat(order[: -(-self.whole // self.repeats)], self.repeats)[: self.whole]
 
     def positions(self, step: int) -> np.ndarray:
         """The positions of this process's part of an update: (batch / world.size,) int64."""

@@ -94,6 +94,11 @@ class StreamData(Data):
                 "images it has, for example by |NUMBER behind the shards of wds"
             )
         super().__init__(config, device, world, train_size, test_size)
+        if self.steps > (whole := train_size // config.batch):
+            raise InputError(
+                f"config field data.epoch_updates is {self.steps}, expected at most {whole}: a pass over "
+                f"{config.data.name}, a stream, has no more"
+            )
         self.format = torch.channels_last if config.model.channels_last else torch.contiguous_format
         # In this process a reader would keep the state of its shuffling from one epoch to the next.
         self.workers = max(1, config.data.workers)

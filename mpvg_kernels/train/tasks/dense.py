@@ -1,0 +1,138 @@
+"""What detection and segmentation share: splits that are evaluated image by image, and predictions on image files."""
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from ..data import Data
+from ..distributed import World
+from .base import Task
+
+
+class DenseSplit:
+    """The images of a split with what is in them, prepared as the model needs them, not augmented.
+
+    Attributes:
+        size: how many there are.
+        num_classes: classes, without background and what is ignored.
+        class_names: their names in the order of the labels from 0, or None where nothing names them.
+        bad: {"file", "reason"} of each image that could not be read so far.
+    """
+
+    size: int
+    num_classes: int
+    class_names: list[str] | None
+    bad: list[dict[str, str]]
+
+    def batches(
+        self,
+        indices: Sequence[int] | None = None,
+        *,
+        world: World = World(),  # noqa: B008, it is frozen
+    ) -> Iterator[tuple[list[Tensor], list[Any], Tensor]]:
+        """The images in order, or those of `indices` in theirs, an image at a time: a list of one normalised image
+        (C, H, W) on the device, a list of its target, and weight (1,) fp32, 0 for an image that can't be read or only
+        pads: with several `world` processes, each gets every world.size-th, and all get as many batches.
+
+        A later call ends the iterator.
+        """
+        raise NotImplementedError
+
+    def image(self, index: int) -> Image.Image:
+        """An image as it is in its file, in RGB.
+
+        Raises:
+            UnreadableImage: it can't be read.
+        """
+        raise NotImplementedError
+
+    def truth(self, index: int) -> dict[str, Tensor]:
+        """What is in an image, as `DenseTask.predict` tells what is found, without scores; on the CPU.
+
+        Raises:
+            UnreadableImage: the image or its annotation can't be read.
+        """
+        raise NotImplementedError
+
+    def name(self, index: int) -> str:
+        """The image's file."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Stop the processes that load images."""
+
+
+class DenseTask(Task):
+    """Detection or segmentation."""
+
+    def open_split(
+        self,
+        split: str,
+        device: torch.device,
+        *,
+        images: Path | None = None,
+        annotations: Path | None = None,
+        class_names: Sequence[str] | None = None,
+    ) -> DenseSplit:
+        """Open one split of the config's data, or any images with annotations of the same kind.
+
+        Args:
+            split: "train", "validation", or a name that the data set has for one.
+            images, annotations: in place of a split: a folder of images, and COCO's JSON file or the folder of label
+                maps.
+            class_names: the classes of the run in the order of their labels.
+
+        Raises:
+            InputError: it is not there, not as the config says, or of other classes.
+        """
+        raise NotImplementedError
+
+    def measure(
+        self,
+        model: nn.Module,
+        split: DenseSplit,
+        world: World,
+        device: torch.device,
+        *,
+        indices: Sequence[int] | None = None,
+        on_batch: Callable[[], None] = lambda: None,
+    ) -> dict[str, Any]:
+        """All that is known of a model in eval mode on a split: `figures.evaluated` by key, more figures beside them,
+        `images` (how many counted), `per_class` (a dict for each class, "name" first, figures in percent, None where
+        there are none) and, of detection, `results` (COCO's results, a list of dicts; empty on all processes but the
+        first). Called without gradients; every process has to call it and has the same figures.
+
+        Raises:
+            TrainingError: no image could be read.
+        """
+        raise NotImplementedError
+
+    def evaluate(
+        self, model: nn.Module, data: Data, world: World, device: torch.device, on_batch: Callable[[], None]
+    ) -> dict[str, float]:
+        """Those of `measure` on the data's held-out images, `data.max_test_images` of them, with `images`."""
+        found = self.measure(model, data.test_split, world, device, indices=data.test_indices, on_batch=on_batch)
+        return {figure.key: found[figure.key] for figure in self.figures.evaluated} | {"images": found["images"]}
+
+
+def predict(model: nn.Module, image: Image.Image, device: torch.device) -> dict[str, Tensor]:
+    """What a model finds in an image of any size and mode, in pixels of that image, on the CPU.
+
+    Args:
+        model: in eval mode on the device, as `RunFolder.model` opens it: with `preprocessing` and `dense_config`.
+
+    Returns:
+        Of detection "boxes" (N, 4) fp32 (left, top, right, bottom), "labels" (N,) int64 from 0, "scores" (N,) fp32 from
+        the best on, "masks" (N, H, W) bool; of segmentation "label_map" (H, W) int64.
+    """
+    match model.dense_config["task"]:
+        case "detection":
+            from .detection import predict as of_task
+        case _:
+            from .segmentation import predict as of_task
+    with torch.inference_mode():
+        return of_task(model, image, device)
