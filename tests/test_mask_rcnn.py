@@ -121,8 +121,9 @@ def test_rois():
         for (image, box), level in zip([(i, b) for i, bs in enumerate(boxes) for b in bs], levels, strict=True)
     ]
     torch.testing.assert_close(found, torch.stack(expected), rtol=1e-4, atol=1e-5)
-    maps["3"] = torch.ones(1, 1, 8, 10)  # what no level is coarse enough for
-    assert PooledRoIs(1)(maps, [torch.tensor([[0.0, 0, 4000, 4000]])]).shape == (1, 1, 1, 1)
+    large = torch.tensor([0.0, 0, 4000, 4000])  # which no level is coarse enough for
+    found = PooledRoIs(2)(maps, [large[None]])
+    torch.testing.assert_close(found[0], plain_roi_align(maps["3"][0], large, 2, 32))
 
 
 def test_pasted_masks():
