@@ -1,7 +1,7 @@
 """upernet_adapter_tiny_ade20k: ViT-Adapter-T with UperNet on ADE20K, crops of 512 pixels, 160,000 updates.
 
     mpvg train --recipe deit_tiny_in1k --data.root /data/imagenet --out runs/deit_tiny
-    mpvg train --recipe upernet_adapter_tiny_ade20k --data.root /data/ADEChallengeData2016 --model.weights runs/deit_tiny
+    mpvg train --recipe upernet_adapter_tiny_ade20k --data.root /data/ade20k --model.weights runs/deit_tiny
 
 On several GPUs, with --model.weights as above:
 

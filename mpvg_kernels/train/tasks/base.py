@@ -99,10 +99,16 @@ class Task:
 
     def flops(self, model: nn.Module, data: Data, device: torch.device) -> int:
         """Floating-point operations of one image's forward pass (matrix products and convolutions)."""
-        with torch.no_grad(), FlopCounterMode(display=False) as counter, backends.use_backend("reference"):
-            self.features(model.eval())(torch.zeros(1, *data.input_size, device=device))
-        return counter.get_total_flops()
+        return count_flops(self.features(model), data, device)
 
     def autocast(self, device: torch.device) -> torch.autocast:
         """The context in which `config.amp` is in effect."""
         return autocast(self.config.amp, device)
+
+
+def count_flops(model: nn.Module, data: Data, device: torch.device) -> int:
+    """Floating-point operations of one image through a model, which is in eval mode afterwards."""
+    # Under no_grad the counter stumbles over views of parameters, such as a PE of the images' own size.
+    with torch.inference_mode(), FlopCounterMode(display=False) as counter, backends.use_backend("reference"):
+        model.eval()(torch.zeros(1, *data.input_size, device=device))
+    return counter.get_total_flops()

@@ -1,5 +1,6 @@
 """Semantic segmentation: a class for every pixel, by UperNet."""
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,9 +9,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
-from ... import backends
 from ...models.upernet import label_map, segmentation_loss
 from .. import InputError, TrainingError, distributed, iou
 from ..data import Batch, Data
@@ -18,6 +17,7 @@ from ..data.images import convert
 from ..data.label_maps import LabelMapSplit, MaskData, held_out_image, open_maps
 from ..distributed import World
 from ..model import create_dense_model
+from .base import count_flops
 from .dense import DenseTask
 
 WINDOWS = 4
@@ -87,6 +87,7 @@ class Segmentation(DenseTask):
             on_batch()
             with self.autocast(device):
                 logits = model.segment(image[None], fields.window, fields.stride, batch)
+            self._wait_for_windows(model, image, batch, world)
             if not weight:
                 continue
             logits, labels = logits.float(), target["label_map"]
@@ -109,14 +110,23 @@ class Segmentation(DenseTask):
             ]
         }
 
+    def _wait_for_windows(self, model: nn.Module, image: Tensor, batch: int, world: World) -> None:
+        """FSDP gathers weights at each call of the model, so that all processes have to make as many."""
+        window, stride = self.config.segmentation.window, self.config.segmentation.stride
+        if world.size == 1 or self.config.dist.mode != "fsdp" or window is None:
+            return
+        stride = stride or max(1, 2 * window // 3)
+        windows = math.prod(1 - (-max(side - window, 0) // stride) for side in image.shape[-2:])
+        calls = -(-windows // batch)
+        for _ in range(max(distributed.gather(calls, world)) - calls):
+            model(image[None, :, :window, :window])
+
     def features(self, model: nn.Module) -> nn.Module:
         return model.backbone
 
     def flops(self, model: nn.Module, data: Data, device: torch.device) -> int:
         """Of a crop through backbone and decoder; the auxiliary head is left out."""
-        with torch.no_grad(), FlopCounterMode(display=False) as counter, backends.use_backend("reference"):
-            model.eval()(torch.zeros(1, *data.input_size, device=device))
-        return counter.get_total_flops()
+        return count_flops(model, data, device)
 
 
 def predict(model: nn.Module, image: Image.Image, device: torch.device) -> dict[str, Tensor]:
