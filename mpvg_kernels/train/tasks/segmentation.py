@@ -109,9 +109,6 @@ class Segmentation(DenseTask):
             ]
         }
 
-    def features(self, model: nn.Module) -> nn.Module:
-        return model.backbone
-
     def flops(self, model: nn.Module, data: Data, device: torch.device) -> int:
         """Of a crop through backbone and decoder; the auxiliary head is left out."""
         with torch.no_grad(), FlopCounterMode(display=False) as counter, backends.use_backend("reference"):
