@@ -134,7 +134,7 @@ def trainer(root, one_thread):
 def test_flops_are_of_the_whole_model(trainer):
     layers = [m for m in trainer.model.decode_head.modules() if isinstance(m, torch.nn.Conv2d)]
     assert trainer.flops > 2 * layers[-1].weight.numel() * 8 * 8  # the last one sees a quarter of the crop
-    assert trainer.has_pos_norms and trainer.task.features(trainer.model) is trainer.model.backbone
+    assert trainer.has_pos_norms and trainer.task.features(trainer.model) is trainer.model.trunk
 
 
 def test_evaluation_is_of_the_original_pixels(trainer, root):

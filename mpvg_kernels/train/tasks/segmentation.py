@@ -121,9 +121,6 @@ class Segmentation(DenseTask):
         for _ in range(max(distributed.gather(calls, world)) - calls):
             model(image[None, :, :window, :window])
 
-    def features(self, model: nn.Module) -> nn.Module:
-        return model.backbone
-
     def flops(self, model: nn.Module, data: Data, device: torch.device) -> int:
         """Of a crop through backbone and decoder; the auxiliary head is left out."""
         return count_flops(model, data, device)
