@@ -85,9 +85,11 @@ class Segmentation(DenseTask):
         sums = torch.zeros(3, dtype=torch.float64, device=device)
         for [image], [target], weight in split.batches(indices, world=world):
             on_batch()
+            more = self._calls_of_others(image, batch, world)
             with self.autocast(device):
                 logits = model.segment(image[None], fields.window, fields.stride, batch)
-            self._wait_for_windows(model, image, batch, world)
+                for _ in range(more):
+                    model(image[None, :, : fields.window, : fields.window])
             if not weight:
                 continue
             logits, labels = logits.float(), target["label_map"]
@@ -110,16 +112,16 @@ class Segmentation(DenseTask):
             ]
         }
 
-    def _wait_for_windows(self, model: nn.Module, image: Tensor, batch: int, world: World) -> None:
-        """FSDP gathers weights at each call of the model, so that all processes have to make as many."""
+    def _calls_of_others(self, image: Tensor, batch: int, world: World) -> int:
+        """How many more calls of the model another process makes for its image, to be made here too: under FSDP each
+        call gathers weights from all processes."""
         window, stride = self.config.segmentation.window, self.config.segmentation.stride
         if world.size == 1 or self.config.dist.mode != "fsdp" or window is None:
-            return
+            return 0
         stride = stride or max(1, 2 * window // 3)
         windows = math.prod(1 - (-max(side - window, 0) // stride) for side in image.shape[-2:])
         calls = -(-windows // batch)
-        for _ in range(max(distributed.gather(calls, world)) - calls):
-            model(image[None, :, :window, :window])
+        return max(distributed.gather(calls, world)) - calls
 
     def flops(self, model: nn.Module, data: Data, device: torch.device) -> int:
         """Of a crop through backbone and decoder; the auxiliary head is left out."""
