@@ -107,7 +107,10 @@ def test_ade20k_names(tmp_path):
         ({"name": "mask"}, "data.name is 'mask', expected masks or shapes for task segmentation; did you mean 'masks'"),
         ({"root": None}, "data.root is None, expected the folder"),
         ({"root": "/nowhere"}, "data.root is '/nowhere', where there is no folder"),
-        ({"val_split": "test"}, "data.val_split is 'test', but .* none of the folders images/test, test/images; expected"),
+        (
+            {"val_split": "test"},
+            "data.val_split is 'test', but .* none of the folders images/test, test/images; expected",
+        ),
         ({"val_annotations": "nothing"}, "data.val_annotations is 'nothing', expected a folder in"),
         ({"num_classes": 7}, "data.num_classes is 7, expected 4"),
         ({"ignore_label": 3}, "ignore_label is 3, which is one of the 4 classes' labels; expected more than 3"),
@@ -153,9 +156,7 @@ def grey_png(path, bits: int, rows: list[bytes], width: int) -> None:
 
     head = struct.pack(">IIBBBBB", width, len(rows), bits, 0, 0, 0, 0)
     pixels = zlib.compress(b"".join(b"\0" + row for row in rows))
-    path.write_bytes(
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
-    )
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", pixels) + chunk(b"IEND", b""))
 
 
 def read(path, num_classes=200, **fields) -> torch.Tensor:
@@ -353,7 +354,10 @@ def test_bad_files(tmp_path, capsys):
     assert reasons["00.png"] == "not an image"
     assert f"label map {root / 'masks' / 'train' / '01.png'}: " in reasons["01.png"]
     assert "has 3x4 pixels, expected" in reasons["02.png"] and "is an image of colours" in reasons["03.png"]
-    assert f"{root / 'masks' / 'train' / '04.png'} has the label 77, expected at most 3 for the 4 classes" in reasons["04.png"]
+    assert (
+        f"{root / 'masks' / 'train' / '04.png'} has the label 77, expected at most 3 for the 4 classes"
+        in reasons["04.png"]
+    )
     weights = [weight.item() for _, _, weight in data.test_batches()]
     assert weights == [1, 1, 0, 1, 1, 1]
     assert data.test_split.bad == [

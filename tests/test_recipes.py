@@ -201,7 +201,9 @@ def test_learning_rates_of_160k_updates():
     """mmcv's: a straight line down, in the warm-up times what rises from a millionth to 1."""
     found = recipes.load("upernet_adapter_tiny_ade20k")
     total = found.epochs * found.data.epoch_updates
-    optimizer = torch.optim.SGD([{"params": [torch.zeros(1)], "lr_scale": scale} for scale in (1.0, 0.95**13)], lr=12e-5)
+    optimizer = torch.optim.SGD(
+        [{"params": [torch.zeros(1)], "lr_scale": scale} for scale in (1.0, 0.95**13)], lr=12e-5
+    )
     schedule = create_schedule(found, optimizer, found.data.epoch_updates)
     assert total == 160_000
     for update in (0, 1, 750, 1499, 1500, 80_000, 159_999):

@@ -177,9 +177,15 @@ def test_without_windows_and_classes_that_never_occur(root):
         found = task.measure(model, data.test_split, World(), CPU, indices=[0])
     labels = data.test_split.truth(0)["label_map"]
     counts = torch.bincount(labels[labels != 255], minlength=4)
-    expected = [100 * float(counts[2] / counts.sum()) if label == 2 else 0.0 for label in range(4) if counts[label] or label == 2]
+    expected = [
+        100 * float(counts[2] / counts.sum()) if label == 2 else 0.0
+        for label in range(4)
+        if counts[label] or label == 2
+    ]
     assert found["miou"] == pytest.approx(np.mean(expected)) and found["images"] == 1
-    assert [row["iou"] is None for row in found["per_class"]] == [not c and label != 2 for label, c in enumerate(counts)]
+    assert [row["iou"] is None for row in found["per_class"]] == [
+        not c and label != 2 for label, c in enumerate(counts)
+    ]
     assert [row["acc"] is None for row in found["per_class"]] == [not c for c in counts]
 
 
@@ -221,7 +227,9 @@ def whole(warm, root, tmp_path_factory):
 def contents(folder) -> tuple:
     """Weights and log of a run, times aside."""
     lines = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
-    weights = {name: safetensors.torch.load_file(folder / name / "model.safetensors") for name in ("last", "ema", "best")}
+    weights = {
+        name: safetensors.torch.load_file(folder / name / "model.safetensors") for name in ("last", "ema", "best")
+    }
     return weights, [{k: v for k, v in line.items() if k not in metrics.TIMES} for line in lines]
 
 
@@ -307,4 +315,11 @@ def test_layer_decay():
         seen.add((part, layer))
         assert scale == pytest.approx(0.95 ** (13 - layer), rel=1e-12), name
     assert {("patch_embed", 0), ("pos_embed", 0), ("blocks", 1), ("blocks", 12)} <= seen
-    assert {("spm", 13), ("level_embed", 13), ("interactions", 13), ("up", 13), ("decode_head", 13), ("aux_head", 13)} <= seen
+    assert {
+        ("spm", 13),
+        ("level_embed", 13),
+        ("interactions", 13),
+        ("up", 13),
+        ("decode_head", 13),
+        ("aux_head", 13),
+    } <= seen

@@ -33,9 +33,7 @@ config = Config(
     data=Data(name="masks", img_size=(512, 512), epoch_updates=16_000, workers=8),
     aug=Aug(hflip=0.5),
     optim=Optim(name="adamw", lr=12e-5, weight_decay=0.01, betas=(0.9, 0.999), layer_decay=0.95),
-    sched=Sched(
-        name="poly", per="update", warmup_updates=1500, warmup_lr=12e-11, min_lr=0.0, decay_rate=1.0
-    ),
+    sched=Sched(name="poly", per="update", warmup_updates=1500, warmup_lr=12e-11, min_lr=0.0, decay_rate=1.0),
     segmentation=Segmentation(
         reduce_zero_label=True,
         short_side=512,
