@@ -330,7 +330,20 @@ RUN = """--epochs 2 --model.drop_path_rate 0.2 --optim.ema_decay 0.9 --checkpoin
 
 def command(root, folder, *more):
     """Any recipe: its config is changed all over."""
-    given = ["train", "--recipe", "digits", *SMALL, *RUN, "--data.root", root, "--out", folder, "--resume", "auto", *more]
+    given = [
+        "train",
+        "--recipe",
+        "digits",
+        *SMALL,
+        *RUN,
+        "--data.root",
+        root,
+        "--out",
+        folder,
+        "--resume",
+        "auto",
+        *more,
+    ]
     return [*given, "--threads", "1", "--model.patch_size", "None"]
 
 

@@ -15,11 +15,11 @@ Time: not measured.
 Accuracy (box AP / mask AP in %, reported by the paper, not reproduced here), by --model.scheme: default 45.9 / 41.0,
 lape 46.2 / 41.2, pvg 46.1 / 41.2, mpvg 46.5 / 41.4.
 
-The values are those of ViT-Adapter's mask_rcnn_deit_adapter_tiny_fpn_3x_coco: DETR's multi-scale augmentation, windows of
-14 x 14 tokens in all layers but 2, 5, 8 and 11, a learning rate that falls to a tenth at epochs 27 and 33. The paper
-names optimizer, learning rate, weight decay, batch, epochs, multi-scale images and the 500 updates of warm-up (its table
-says cosine of all of its recipes, while the 3x schedule has steps, as here); that the rest is ViT-Adapter's is ours, and
-so is bf16 in place of fp16. The batch is the paper's 8, ViT-Adapter's 16.
+The values are those of ViT-Adapter's mask_rcnn_deit_adapter_tiny_fpn_3x_coco: DETR's multi-scale augmentation, windows
+of 14 x 14 tokens in all layers but 2, 5, 8 and 11, a learning rate that falls to a tenth at epochs 27 and 33. The paper
+names optimizer, learning rate, weight decay, batch, epochs, multi-scale images and the 500 updates of warm-up (its
+table says cosine of all of its recipes, while the 3x schedule has steps, as here); that the rest is ViT-Adapter's is
+ours, and so is bf16 in place of fp16. The batch is the paper's 8, ViT-Adapter's 16.
 """
 
 from ..config import Adapter, Aug, Config, Data, Detection, Dist, Model, Optim, Sched

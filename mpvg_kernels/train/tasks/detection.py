@@ -123,9 +123,6 @@ class Detection(DenseTask):
             model.rpn.head(list(model.fpn({str(i): x for i, x in enumerate(maps)}).values()))
         return counter.get_total_flops()
 
-    def features(self, model: nn.Module) -> nn.Module:
-        return model.backbone
-
 
 def predict(model: nn.Module, image: Image.Image, device: torch.device) -> dict[str, Tensor]:
     """See `dense.predict`."""
