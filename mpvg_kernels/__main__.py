@@ -116,7 +116,10 @@ def evaluate(args: argparse.Namespace, fields: list[str]) -> int:
 def predict(args: argparse.Namespace, _: list[str]) -> int:
     from .tools import predict
 
-    options = {name: getattr(args, name) for name in ("top", "format", "out", "batch", "device")}
+    if args.draw is not None and not args.pictures:
+        raise InputError("--draw and --no-draw are both given: give one of them")
+    names = ("top", "format", "out", "batch", "device", "threshold", "draw", "pictures")
+    options = {name: getattr(args, name) for name in names}
     return predict.predict_files(args.model, args.paths, args.weights, **options)
 
 
@@ -144,6 +147,17 @@ def at_least_1(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1")
     return int(text)
+
+
+def share(text: str) -> float:
+    """A number from 0 to 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
+    return value
 
 
 def new_file(text: str) -> Path:
@@ -296,14 +310,23 @@ def parser() -> Parser:
     sub.add_argument("--json", metavar="FILE", type=new_file, help="write the result there as well")
     sub.add_argument("--latency", action="store_true", help="measure latency and throughput by batch size too")
     sub.add_argument("--batch-sizes", metavar="N", type=at_least_1, nargs="+", help="of --latency (default: 1 8 64)")
-    sub = command("predict", predict, "classify images with a run's model, or one in timm's format")
+    sub = command(
+        "predict",
+        predict,
+        "classify images with a run's model, or one in timm's format; of detection and segmentation draw what it finds",
+    )
     sub.add_argument("model", metavar="MODEL", type=Path, help="run folder, or a folder in timm's format (RUN/best)")
     sub.add_argument("paths", metavar="PATH", nargs="+", help="image files, and folders, searched to the bottom")
     sub.add_argument("--weights", choices=("best", "last", "ema"), help="which weights of a run (default: last)")
-    sub.add_argument("--top", metavar="K", type=at_least_1, default=5, help="classes of each image (default: 5)")
+    sub.add_argument("--top", metavar="K", type=at_least_1, help="classes of each image (default: 5)")
+    sub.add_argument("--threshold", metavar="S", type=share, help="detection: least score, 0 to 1 (default: 0.5)")
+    sub.add_argument(
+        "--draw", metavar="DIR", type=Path, help="detection, segmentation: where pictures go (default: predictions)"
+    )
+    sub.add_argument("--no-draw", dest="pictures", action="store_false", help="draw no pictures")
     sub.add_argument("--format", choices=("table", "json", "csv"), default="table", help="default: table")
     sub.add_argument("--out", metavar="FILE", type=Path, help="write there, not to the standard output")
-    sub.add_argument("--batch", metavar="N", type=at_least_1, default=32, help="images at a time (default: 32)")
+    sub.add_argument("--batch", metavar="N", type=at_least_1, help="classification: images at a time (default: 32)")
     sub.add_argument("--device", metavar="D", default="auto", help="auto (default), cpu, cuda, cuda:1, ...")
     sub = command(
         "analyze",
