@@ -315,6 +315,10 @@ class Segmentation:
     """Weight of the auxiliary head's loss."""
     width: int = 512
     """Channels of the decoder."""
+    aux_width: int = 256
+    """Channels of the auxiliary head."""
+    drop_rate: float = 0.1
+    """Dropout of channels before both heads' classifiers."""
     window: int | None = None
     """Evaluation: side of the windows that slide over an image; None takes it whole."""
     stride: int | None = None
@@ -520,7 +524,9 @@ class Config:
         need(0 < fields.scale[0] <= fields.scale[1], "segmentation.scale", "two factors, least first")
         need(0 < fields.cat_max_ratio <= 1, "segmentation.cat_max_ratio", "more than 0 and at most 1")
         need(fields.aux_weight >= 0, "segmentation.aux_weight", "0 or more")
-        need(fields.width >= 1, "segmentation.width", "1 or more")
+        for field in ("width", "aux_width"):
+            need(getattr(fields, field) >= 1, f"segmentation.{field}", "1 or more")
+        need(0 <= fields.drop_rate < 1, "segmentation.drop_rate", "0 or more and less than 1")
         optional("segmentation.window", lambda v: v >= 1, "1 or more")
         optional("segmentation.stride", lambda v: 1 <= v <= (fields.window or 0), "1 to segmentation.window")
         if self.task == "classification":
