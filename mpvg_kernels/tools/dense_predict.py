@@ -85,11 +85,15 @@ def _rows(
         found = dense.predict(model, image, device)
         row = {"file": file, "width": image.width, "height": image.height, **_row(found, names, threshold)}
         if place:
-            row["picture"] = f"{place}.jpg"
-            save_picture(draw(image, found, names, min_score=threshold), Path(row["picture"]))
-            if "label_map" in found:
-                row["label_map"] = f"{place}.labels.png"
-                _save_labels(found["label_map"], Path(row["label_map"]))
+            picture = draw(image, found, names, min_score=threshold)
+            row |= {"picture": f"{place}.jpg"} | ({"label_map": f"{place}.labels.png"} if "label_map" in found else {})
+            try:
+                save_picture(picture, Path(row["picture"]))
+                if "label_map" in found:
+                    _save_labels(found["label_map"], Path(row["label_map"]))
+            except OSError as error:
+                why = f"{place}.jpg can't be written ({reason(error)})"
+                raise InputError(f"{why}: choose another folder with --draw") from None
         yield row
 
 
@@ -152,7 +156,7 @@ def save_picture(picture: Image.Image, path: Path) -> None:
     """Write a picture as JPEG, with the colours at full resolution, and its folders.
 
     Raises:
-        InputError: it can't be written.
+        OSError: it can't be written.
     """
     _save(picture, path, "JPEG", quality=92, subsampling=0)
 
@@ -164,14 +168,11 @@ def _save_labels(label_map: Tensor, path: Path) -> None:
 
 
 def _save(picture: Image.Image, path: Path, format: str, **options: Any) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.is_symlink():  # it may lead to one of the images
-            path.unlink()
-        with whole_file(path, "wb") as file:
-            picture.save(file, format, **options)
-    except OSError as error:
-        raise InputError(f"{path} can't be written ({reason(error)}): choose another folder with --draw") from None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_symlink():  # it may lead to one of the images
+        path.unlink()
+    with whole_file(path, "wb") as file:
+        picture.save(file, format, **options)
 
 
 # ---- output
