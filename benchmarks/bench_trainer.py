@@ -138,7 +138,8 @@ Places = dict[str, list[tuple[Any, str]]]
 
 
 def parts_of_step(step: PlainStep | loop.Trainer) -> Places:
-    calls = [(step, "forward"), (step, "criterion"), (Tensor, "backward")]
+    criterion = step if isinstance(step, PlainStep) else step.task
+    calls = [(step, "forward"), (criterion, "criterion"), (Tensor, "backward")]
     return {"model step": calls + [(step.optimizer, "step"), (step.optimizer, "zero_grad")]}
 
 

@@ -20,7 +20,7 @@ from .train.run_folder import RunFolder, finite, printable, show, write_json
 from .train.signals import EXIT_SAVED
 
 # The extra that brings a package, for a message in place of an ImportError.
-EXTRAS = dict.fromkeys(("tyro", "sklearn", "scipy", "matplotlib"), "train")
+EXTRAS = dict.fromkeys(("tyro", "sklearn", "scipy", "matplotlib", "pycocotools"), "train")
 EXTRAS |= dict.fromkeys(("onnx", "onnxscript", "onnxruntime"), "export")
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 

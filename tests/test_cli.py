@@ -88,7 +88,7 @@ def test_run_folder(run):
     with open(folder / "metrics.csv") as file:
         rows = list(csv.DictReader(file))
     assert [float(row["test_loss"]) for row in rows] == [row["test_loss"] for row in epochs]
-    assert tuple(rows[0]) == metrics.COLUMNS
+    assert tuple(rows[0]) == metrics.columns("classification")
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
     report = (folder / "report.md").read_text()
     accuracy = f"{epochs[-1]['test_acc']:.2f} %"

@@ -105,7 +105,7 @@ def test_run_log(tmp_path, capsys):
         assert all(os.fstat(file.fileno()).st_size for file in log.files)
     assert names == ["log.jsonl", "metrics.csv"]
     header, row = (tmp_path / "metrics.csv").read_text().splitlines()
-    assert header.split(",") == list(metrics.COLUMNS) and len(row.split(",")) == len(metrics.COLUMNS)
+    assert header.split(",") == list(metrics.columns("classification")) and len(row.split(",")) == 13
     assert [r["step"] for kind in ("train", "epoch", "spike") for r in read_log(tmp_path, kind)] == [2, 2, 3]
     printed = capsys.readouterr().out
     assert "ema loss 1.0000" in printed and printed.rstrip().endswith("best")

@@ -20,12 +20,14 @@ from mpvg_kernels import __main__ as cli
 from mpvg_kernels.tools import page, report
 from mpvg_kernels.train import curves, loop, recipes, record
 from mpvg_kernels.train.config import from_args, to_dict
+from mpvg_kernels.train.figures import FIGURES
 from mpvg_kernels.train.metrics import read_log
 from mpvg_kernels.train.record import collect, collect_all
 from mpvg_kernels.train.report import write_report
 from mpvg_kernels.train.run_folder import RunFolder
 from mpvg_kernels.train.table import Table, escape
 
+LOSS = curves.measured(curves.LOSS, FIGURES["classification"])
 pytestmark = pytest.mark.xdist_group(__name__)  # one run for all tests
 HOSTILE = "<script>alert('1')</script> & \"a|b\" $x\\y$ `c` [d](http://e) _f_"
 VOID = ("meta", "img", "br", "hr", "link", "input")
@@ -197,9 +199,7 @@ def test_one_run(one):
     ]
     assert results[3][2] == f"{last['ema_acc']:.2f} %"
     loss = next(table for table in found.tables if "lowest" in table[0])
-    assert loss[2][5] == f"{last['test_loss']:.4f}" and [row[0] for row in loss[1:]] == [
-        n.name for n in curves.LOSS.lines
-    ]
+    assert loss[2][5] == f"{last['test_loss']:.4f}" and [row[0] for row in loss[1:]] == [n.name for n in LOSS.lines]
     evaluated = next(table for table in found.tables if "calibration error" in table[0])
     assert evaluated[1][2] == f"{last['test_acc']:.2f} %" and evaluated[1][4] == f"{last['test_loss']:.4f}"
     text = " ".join(found.text)
@@ -303,7 +303,7 @@ def test_curves_of_a_run_by_hand(tmp_path):
 @pytest.mark.parametrize("count, scale", [(9, "linear"), (11, "log"), (1, "linear")])
 def test_axis_is_logarithmic_from_a_decade_on(tmp_path, count, scale):
     axes = Figure().subplots()
-    curves.draw(axes, curves.LOSS, [collect(make_run(tmp_path / "run", train_rows(count)))])  # 2 / 1, 2 / 2, ...
+    curves.draw(axes, LOSS, [collect(make_run(tmp_path / "run", train_rows(count)))])  # 2 / 1, 2 / 2, ...
     assert axes.get_yscale() == scale
 
 

@@ -377,7 +377,7 @@ def test_each_image_comes_once_with_its_label(folder):
         names = [path.split("/")[-2] for path in data.files(1, step)]
         assert names == [data.class_names[label] for label in y[6 * step : 6 * step + 6]]
     with Image.open(data.files(1, 1)[3]) as image:
-        torch.testing.assert_close(x[9], data.loader.loader.dataset.transform(image))
+        torch.testing.assert_close(x[9], data.loader.loader.dataset.transform(image, 0)[0])
 
 
 def test_repeats_are_augmented_anew(folder):
@@ -486,7 +486,7 @@ def test_posterize_to_no_bits(folder):
     assert (np.asarray(images.posterize(image, 2)) == [192, 0, 64]).all()
     for policy in ("rand-m10-inc1", "original", "augmix-m3"):
         found = open_data(of(folder, aug__auto_augment=policy))
-        steps = found.loader.loader.dataset.transform.transforms
+        steps = found.loader.loader.dataset.transform.transform.transforms
         nested = [getattr(step, "ops", None) or sum(getattr(step, "policy", []), []) for step in steps]
         ops = [op for each in nested for op in each if op.name.startswith("Posterize")]
         assert ops and all(op.aug_fn is images.posterize for op in ops)

@@ -30,7 +30,7 @@ ROOT = Path(__file__).parent.parent
 MOMENTS = {
     "update": ("mpvg_kernels.train.loop", "Trainer.update"),
     "optimizer": ("mpvg_kernels.train.loop", "Trainer._apply_gradients"),
-    "evaluation": ("mpvg_kernels.train.loop", "F.cross_entropy"),
+    "evaluation": ("mpvg_kernels.train.tasks.classification", "F.cross_entropy"),
     "snapshot": ("mpvg_kernels.train.loop", "Trainer.snapshot"),
     "fsync": ("os", "fsync"),
     "rename": ("os", "replace"),
@@ -57,6 +57,7 @@ def call_at(name: str, count: int, run) -> None:
 def apply(patch: dict) -> None:
     """Do what a request's `patch` says, in the process that it is for."""
     from mpvg_kernels.train import loop
+    from mpvg_kernels.train.tasks.classification import Classification
 
     if "kill" in patch:
         call_at(*patch["kill"], lambda: os.kill(os.getpid(), signal.SIGKILL))
@@ -71,14 +72,14 @@ def apply(patch: dict) -> None:
 
         loop.Trainer.restore = restore
     if "nan" in patch:
-        loss, first, count = loop.Trainer._loss, patch["nan"][0], [0]
+        loss, first, count = Classification.loss, patch["nan"][0], [0]
 
         def spoilt(self, *args):
-            value, logits = loss(self, *args)
+            value, counts = loss(self, *args)
             count[0] += 1
-            return value * (float("nan") if first <= count[0] < first + patch["nan"][1] else 1.0), logits
+            return value * (float("nan") if first <= count[0] < first + patch["nan"][1] else 1.0), counts
 
-        loop.Trainer._loss = spoilt
+        Classification.loss = spoilt
     if "call" in patch:
         module, name = patch["call"]
         getattr(importlib.import_module(module), name)()
@@ -129,6 +130,7 @@ def wait(pids: list[int], timeout: float) -> list[int | None]:
 def serve() -> None:
     import mpvg_kernels.train.loop
     import mpvg_kernels.train.recipes.digits  # noqa: F401, imported for the children
+    import mpvg_kernels.train.tasks.classification  # noqa: F401
 
     for name in sys.argv[1:]:
         importlib.import_module(name)

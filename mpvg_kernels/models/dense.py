@@ -46,23 +46,26 @@ def create_dense(
         raise ValueError(f"task={task!r}; expected one of {', '.join(TASKS)}")
     if not timm.is_model(backbone):
         raise ValueError(f"backbone={backbone!r} is no model that timm knows; timm.list_models() lists them")
-    options, head = dict(backbone_args or {}), dict(head_args or {})
-    noted = {name: value for name, value in options.items() if name != "pretrained"}
-    config = {
+    try:
+        options, head = (json.loads(json.dumps(dict(args or {}))) for args in (backbone_args, head_args))
+    except TypeError as error:
+        raise ValueError(f"backbone_args and head_args must be what JSON can hold: {error}") from None
+    pretrained = options.pop("pretrained", False)
+    try:
+        maps = timm.create_model(
+            backbone, pretrained, features_only=True, **{"out_indices": (-4, -3, -2, -1), **options}
+        )
+    except (TypeError, RuntimeError) as error:  # an option that it does not have; no feature maps
+        raise ValueError(f"{backbone} can't be built for feature maps with {options}: {error}") from None
+    try:
+        model = TASKS[task](maps, num_classes, **head)
+    except TypeError as error:
+        raise ValueError(f"{TASKS[task].__name__} can't be built with {head}: {error}") from None
+    model.dense_config = {
         "task": task,
         "backbone": backbone,
         "num_classes": num_classes,
-        "backbone_args": noted,
+        "backbone_args": options,
         "head_args": head,
     }
-    try:
-        config = json.loads(json.dumps(config))
-    except TypeError as error:
-        raise ValueError(f"the options of a model for dense prediction must be what JSON can hold: {error}") from None
-    try:
-        maps = timm.create_model(backbone, features_only=True, **{"out_indices": (-4, -3, -2, -1), **options})
-    except RuntimeError as error:
-        raise ValueError(f"{backbone} has no feature maps: {error}") from None
-    model = TASKS[task](maps, num_classes, **head)
-    model.dense_config = config
     return model

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
+from timm.layers import Format
 from torch import Tensor, nn
 
 from .weights import ConvertsCheckpoints, checkpoint_filter_fn, differences, parameters_of, read_checkpoint
@@ -34,6 +36,9 @@ class DenseModel(nn.Module):
     dense_config: dict[str, Any] | None = None
     """What `create_dense` was called with, as JSON has it; None for a model that was built by hand."""
 
+    class_layers: tuple[str, ...] = ()
+    """Layers with an output for each class, which start anew where weights are of other classes."""
+
     def __init__(self, backbone: nn.Module, num_classes: int):
         super().__init__()
         strides = tuple(backbone.feature_info.reduction())
@@ -58,19 +63,24 @@ class DenseModel(nn.Module):
     def _prefix(self) -> str:
         return "backbone." if self.trunk is self.backbone else "backbone.model."
 
-    class_layers: tuple[str, ...] = ()
-    """Layers with an output for each class, which start anew where weights are of other classes."""
-
     def head_names(self) -> list[str]:
         """Names of all parameters but the backbone's."""
         return [name for name, _ in self.named_parameters() if not name.startswith("backbone.")]
+
+    def features(self, images: Tensor) -> list[Tensor]:
+        """The four maps of images (B, C, H, W), padded below and to the right to multiples of 32."""
+        down, right = (-side % STRIDES[-1] for side in images.shape[-2:])
+        maps = self.backbone(F.pad(images, (0, right, 0, down)) if down or right else images)
+        if getattr(self.backbone, "output_fmt", Format.NCHW) == Format.NHWC:  # timm's Swin and its like
+            maps = [x.permute(0, 3, 1, 2).contiguous() for x in maps]
+        return maps
 
     # ---- timm's interfaces
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Activation checkpointing of the backbone's layers."""
-        self.backbone.set_grad_checkpointing(enable)
+        self.trunk.set_grad_checkpointing(enable)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
@@ -85,7 +95,10 @@ class DenseModel(nn.Module):
         As published, a ViT-Adapter's own parts are in the last group too: they have the full learning rate.
         """
         if not hasattr(self.trunk, "group_matcher"):
-            raise ValueError(f"{type(self.trunk).__name__} tells no layers: train it without layer-wise learning rates")
+            raise ValueError(
+                f"the backbone, a {type(self.trunk).__name__}, tells no layers: train it without layer-wise learning "
+                "rates, or build it with feature_cls='getter', where timm can"
+            )
         start = re.escape(self._prefix)
 
         def below(pattern: str) -> str:

@@ -6,21 +6,24 @@
 
 Built from torchvision's parts, with the layers, the settings and the losses of mmdetection's Mask R-CNN (R-50 FPN).
 Where torchvision's parts do otherwise, the classes below change it: L1 losses, RoIAlign with pixel centres at one half
-("aligned"), anchors that are not rounded and whose distance is the stride, targets of masks that are zero or one, masks
-that are sampled at the centres of the image's pixels, initial weights. What remains:
+("aligned"), anchors that are not rounded and whose distance is the stride, no anchor for an object that overlaps all by
+less than 0.3, targets of masks that are zero or one, masks that are sampled at the centres of the image's pixels, and
+initial weights. What remains:
 
-- box regression and masks have an output for the background too, which nothing reads: 4,357 parameters more;
-- an object whose best anchor has an IoU below 0.3 trains the RPN with that anchor; in mmdetection with none;
-- an object's best proposal may not be matched below the IoU of 0.5 or in another object's favour;
-- labels count from 1, with 0 for the background;
-- crowds, which mmdetection leaves out by default, are the data's to leave out.
+- labels count from 1, with 0 for the background, and box regression and masks have an output for the background
+  that nothing reads: 4,357 parameters more with the widths published;
+- anchors in the padding of a smaller image of a batch are background; mmdetection leaves them out of the loss;
+- a proposal is matched with the object that it overlaps most; in mmdetection with another one that has none better;
+- random choices are drawn from torch's generator in another order.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.models.detection._utils import Matcher
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.image_list import ImageList
@@ -100,8 +103,29 @@ class FloatPredictor(FastRCNNPredictor):
         return logits.float(), deltas.float()
 
 
+class BestAnchors(Matcher):
+    """Objects to anchors: besides those above the threshold, each object has the ones that overlap it most.
+
+    Unless the lower threshold is above them too; of two objects the later one has an anchor that is both's.
+    """
+
+    def __init__(self, high_threshold: float, low_threshold: float):
+        super().__init__(high_threshold, low_threshold, allow_low_quality_matches=True)
+
+    def set_low_quality_matches_(self, matches: Tensor, all_matches: Tensor, match_quality_matrix: Tensor) -> None:
+        best = match_quality_matrix.amax(1, keepdim=True)
+        taken = (match_quality_matrix == best) & (best >= self.low_threshold)
+        index = torch.arange(len(taken), device=taken.device)[:, None]
+        latest = torch.where(taken, index, -1).amax(0)
+        matches.copy_(torch.where(latest >= 0, latest, matches))
+
+
 class RPN(RegionProposalNetwork):
     """Region proposals, with an L1 loss of boxes."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.proposal_matcher = BestAnchors(self.proposal_matcher.high_threshold, self.proposal_matcher.low_threshold)
 
     def compute_loss(
         self, objectness: Tensor, pred_bbox_deltas: Tensor, labels: list[Tensor], regression_targets: list[Tensor]
@@ -131,8 +155,9 @@ class Heads(RoIHeads):
         positive = label.nonzero().flatten()
         found = found.unflatten(1, (-1, 4))[positive, label[positive]]
         losses = {
-            "loss_classifier": F.cross_entropy(scores, label),
-            "loss_box_reg": F.l1_loss(found, delta[positive], reduction="sum") / len(label),
+            # (sums, as a mean over nothing is nan)
+            "loss_classifier": F.cross_entropy(scores, label, reduction="sum") / max(len(label), 1),
+            "loss_box_reg": F.l1_loss(found, delta[positive], reduction="sum") / max(len(label), 1),
         }
         boxes = [b[of > 0] for b, of in zip(proposals, labels, strict=True)]
         masks = self.mask_predictor(self.mask_head(self.mask_roi_pool(features, boxes))).float()
@@ -157,6 +182,7 @@ def mask_targets(masks: Tensor, boxes: Tensor, index: Tensor) -> Tensor:
 def paste_masks(masks: Tensor, boxes: Tensor, size: tuple[int, int], threshold: float = 0.5) -> Tensor:
     """Masks (N, 28, 28) of probabilities in boxes (N, 4) to masks (N, H, W) of bool of an image of that size."""
     height, width = size
+    masks = masks.float()  # coordinates below have its precision
     pasted = torch.zeros(len(masks), height, width, dtype=torch.bool, device=masks.device)
     corners = torch.cat([boxes[:, :2].floor(), boxes[:, 2:].ceil()], 1).long()
     limit = torch.tensor([width, height, width, height], device=boxes.device)
@@ -276,9 +302,9 @@ class MaskRCNN(DenseModel):
         if self.training:
             self._check(images, targets)
         image_sizes = [tuple(image.shape[-2:]) for image in images]
-        height, width = (-(-max(sides) // STRIDES[-1]) * STRIDES[-1] for sides in zip(*image_sizes, strict=True))
+        height, width = (max(sides) for sides in zip(*image_sizes, strict=True))
         batch = torch.stack([F.pad(i, (0, width - i.shape[-1], 0, height - i.shape[-2])) for i in images])
-        maps = self.fpn({str(i): m for i, m in enumerate(self.backbone(batch))})
+        maps = self.fpn({str(i): m for i, m in enumerate(self.features(batch))})
         proposals, losses = self.rpn(ImageList(batch, image_sizes), maps, targets)
         found, more = self.roi_heads(maps, proposals, image_sizes, targets)
         if self.training:

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .dense_model import DenseModel
+from .dense_model import STRIDES, DenseModel
 
 __all__ = ["UperNet", "label_map", "segmentation_loss"]
 
@@ -104,10 +104,8 @@ class UperNet(DenseModel):
     def forward(self, image: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """Image (B, C, H, W) to logits (B, num_classes, H, W); while training (logits, the auxiliary head's)."""
         height, width = image.shape[-2:]
-        maps = self.backbone(image)
-        # A backbone pads images to its stride: the first map's pixels stand for 4x4 of them, the last ones beyond.
-        stride = self.backbone.feature_info.reduction()[0]
-        whole = [side * stride for side in maps[0].shape[-2:]]
+        maps = self.features(image)
+        whole = [STRIDES[0] * side for side in maps[0].shape[-2:]]  # the image and its padding
         logits = _resize(self.classifier(self.decode_head(maps)), whole)[..., :height, :width]
         if not self.training:
             return logits

@@ -290,6 +290,16 @@ class Detection:
     """Overlap (IoU) with a better one of its class at which a detection is dropped."""
     max_detections: int = 100
     """Most detections of an image."""
+    width: int = 256
+    """Channels of the feature pyramid, of the RPN and of the mask head."""
+    box_width: int = 1024
+    """Width of the box head's layers."""
+    rpn_samples: int = 256
+    """Anchors of an image that the RPN's losses are taken over."""
+    roi_samples: int = 512
+    """Proposals of an image that the heads' losses are taken over."""
+    proposals: int = 1000
+    """Proposals that the RPN keeps of an image."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -510,7 +520,8 @@ class Config:
         for field in ("short_sides", "crop_short_sides"):
             sides = get(self.detection, field)
             need(bool(sides) and min(sides) >= 1, f"detection.{field}", "pixels, one number or more")
-        for field in ("max_side", "test_short_side", "test_max_side", "max_detections"):
+        counts = ("width", "box_width", "rpn_samples", "roi_samples", "proposals")
+        for field in ("max_side", "test_short_side", "test_max_side", "max_detections", *counts):
             need(get(self.detection, field) >= 1, f"detection.{field}", "1 or more")
         for field in ("crop_prob", "score_threshold", "nms_threshold"):
             share(f"detection.{field}")

@@ -9,6 +9,7 @@ import dataclasses
 import datetime
 import os
 import re
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -20,6 +21,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from .. import backends
+from ..models.dense import DenseModel
 from . import InputError, TrainingError
 from .config import Config
 
@@ -212,11 +214,16 @@ class Agreement:
 
 def shard(model: nn.Module) -> None:
     """FSDP2: each block's weights, then the rest, shared out between all processes, in place."""
+    # Said of every module that returns a view, as whoever changes that in place would lose gradients; nobody here does.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     for module in model.modules():
         if isinstance(module, nn.ModuleList):
             for block in module:
-                if any(True for _ in block.parameters()):
+                # One that only holds others is never called, and its weights would stay shared out.
+                if type(block).forward is not nn.Module.forward and any(True for _ in block.parameters()):
                     fully_shard(block)
+    if isinstance(model, DenseModel):
+        fully_shard(model.backbone)  # which is called alone too, to look at its norms
     fully_shard(model)
 
 

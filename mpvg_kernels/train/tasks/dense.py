@@ -1,4 +1,4 @@
-"""What detection and segmentation share: a split that is evaluated image by image, and predictions of the original size."""
+"""What detection and segmentation share: splits that are evaluated image by image, and predictions on image files."""
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
