@@ -300,7 +300,8 @@ def draw_label_map(
     columns = np.minimum((np.arange(width) + 0.5) * labels.shape[1] // width, labels.shape[1] - 1).astype(int)
     large = labels[rows][:, columns]
     known = (large != ignore)[..., None]
-    pixels = np.asarray(picture).astype(np.float32)
+    # In grey, as its colours would mix with those of the classes, and a little pale, as black would swallow them.
+    pixels = 48 + 0.75 * np.asarray(picture.convert("L").convert("RGB")).astype(np.float32)
     mixed = (1 - MAP) * pixels + MAP * palette()[large % COLOURS]
     stripes = (np.add.outer(np.arange(height), np.arange(width)) // max(4, width // 120) % 2)[..., None]
     pixels = np.where(known, mixed, pixels * (0.8 - 0.35 * stripes))
@@ -381,8 +382,8 @@ def side_by_side(pictures: Sequence[Image.Image], titles: Sequence[str], columns
     for number, row in enumerate(rows):
         for column, picture in enumerate(row):
             left = column * (width + gap)
-            text = shorten(titles[number * columns + column], font, width)
-            pen.text((left, top + head // 2), text, fill=INK, font=font, anchor="lm")
+            text = shorten(titles[number * columns + column], font, width - size // 2)
+            pen.text((left + size // 4, top + head // 2), text, fill=INK, font=font, anchor="lm")
             whole.paste(picture, (left, top + head))
         top += heights[number] + gap
     return whole
