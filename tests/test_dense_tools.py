@@ -19,7 +19,7 @@ from PIL import Image
 from pycocotools import mask as coco_masks
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-from test_report import read, same_tables
+from test_report import same_tables
 from warm_process import WarmProcess
 
 from mpvg_kernels import __main__ as cli
