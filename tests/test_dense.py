@@ -98,6 +98,8 @@ def test_layer_decay(task, scheme):
         assert scales[id(p)] == published_scale(name, 4, 0.5), name
         assert (decays[id(p)] == 0) == (p.ndim == 1 or bool(tables & set(name.split(".")))), name
     assert model.no_weight_decay() <= dict(model.named_parameters()).keys()
+    rest = {f"backbone.model.{name}" for name, _ in model.trunk.named_parameters()}
+    assert dict(model.named_parameters()).keys() == rest ^ set(model.head_names())
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -137,9 +139,9 @@ SWIN = {"embed_dim": 8, "depths": [1, 1, 1, 1], "num_heads": [1, 1, 2, 2], "wind
 def test_other_backbones(task, backbone, options):
     """Of this package and of timm, for images of any size, and layers where the backbone tells them."""
     model = create_dense(task, backbone, 4, backbone_args=options, head_args=HEADS[task]).eval()
-    maps = model.features(torch.randn(1, 3, 70, 90))
+    maps = model.features(torch.randn(1, 3, 64, 90))
     assert [m.shape[1] for m in maps] == model.channels
-    assert [m.shape[2:] for m in maps] == [(24, 24), (12, 12), (6, 6), (3, 3)]
+    assert [m.shape[2:] for m in maps] == [(16, 24), (8, 12), (4, 6), (2, 3)]
     assert output(model, torch.randn(1, 3, 70, 90))
     if model.trunk is model.backbone:
         with pytest.raises(ValueError, match="tells no layers: train it without layer-wise learning rates"):
@@ -203,3 +205,32 @@ def test_weights_of_swin(tmp_path):
     model.load_backbone(tmp_path / "swin.pth")
     given = source.state_dict()
     assert all(torch.equal(value, given[name]) for name, value in model.trunk.state_dict().items())
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_weights_of_a_dense_model(task, tmp_path, caplog):
+    """All of them; for other classes what has an output for each starts anew, which is said."""
+    source = small(task)
+    torch.save(source.state_dict(), tmp_path / "model.pth")
+    image = torch.randn(1, 3, 64, 64)
+    same = create_dense(**source.dense_config)
+    same.load_weights(tmp_path / "model.pth")
+    assert all(torch.equal(a, b) for a, b in zip(output(source, image), output(same, image), strict=True))
+    other = create_dense(**{**source.dense_config, "num_classes": 7})
+    before = {name: p.clone() for name, p in other.named_parameters()}
+    with caplog.at_level(logging.INFO, "mpvg_kernels"):
+        other.load_weights(tmp_path / "model.pth")
+    given, new = source.state_dict(), []
+    for name, p in other.named_parameters():
+        if p.shape == given[name].shape:
+            assert torch.equal(p, given[name]), name
+        else:
+            assert torch.equal(p, before[name]) and name in other.head_names()
+            new.append(name)
+    assert [f"{', '.join(new)} start anew: the checkpoint has other classes than these 7."] == caplog.messages
+    assert len(new) == {"segmentation": 4, "detection": 6}[task]
+    wider = create_dense(**{**source.dense_config, "head_args": {**HEADS[task], "width": 24}})
+    with pytest.raises(
+        ValueError, match=rf"model.pth: these weights are of another model than this {type(wider).__name__}"
+    ):
+        wider.load_weights(tmp_path / "model.pth")

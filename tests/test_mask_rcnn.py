@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from dense_models import SCHEMES, small
+from dense_models import ADAPTER, SCHEMES, small
 
 from mpvg_kernels.models import create_dense
 from mpvg_kernels.models.mask_rcnn import Anchors, BestAnchors, PooledRoIs, mask_targets, paste_masks
@@ -38,17 +38,18 @@ def batch():
 # ---- the parts
 
 
-def test_anchors():
-    """Around the first pixel of each cell, of 8 strides a side, with heights to widths of 0.5, 1 and 2."""
+@pytest.mark.parametrize("scale", [8, 2.5])
+def test_anchors(scale):
+    """Around the first pixel of each cell, of `scale` strides a side, with heights to widths of 0.5, 1 and 2."""
     sizes = [(8, 12), (4, 6), (2, 3), (1, 2), (1, 1)]
     maps = [torch.zeros(2, 1, *size, dtype=torch.bfloat16) for size in sizes]
-    found = Anchors()(SimpleNamespace(image_sizes=[(0, 0)] * 2), maps)
+    found = Anchors(scale)(SimpleNamespace(image_sizes=[(0, 0)] * 2), maps)
     expected = []
     for (rows, columns), stride in zip(sizes, (4, 8, 16, 32, 64), strict=True):
         for row in range(rows):
             for column in range(columns):
                 for ratio in (0.5, 1, 2):
-                    height = 8 * stride * math.sqrt(ratio)
+                    height = scale * stride * math.sqrt(ratio)
                     x, y, w, h = column * stride, row * stride, height / ratio / 2, height / 2
                     expected.append([x - w, y - h, x + w, y + h])
     assert len(found) == 2
@@ -121,8 +122,9 @@ def test_rois():
         for (image, box), level in zip([(i, b) for i, bs in enumerate(boxes) for b in bs], levels, strict=True)
     ]
     torch.testing.assert_close(found, torch.stack(expected), rtol=1e-4, atol=1e-5)
-    maps["3"] = torch.ones(1, 1, 8, 10)  # what no level is coarse enough for
-    assert PooledRoIs(1)(maps, [torch.tensor([[0.0, 0, 4000, 4000]])]).shape == (1, 1, 1, 1)
+    large = torch.tensor([0.0, 0, 4000, 4000])  # which no level is coarse enough for
+    found = PooledRoIs(2)(maps, [large[None]])
+    torch.testing.assert_close(found[0], plain_roi_align(maps["3"][0], large, 2, 32))
 
 
 def test_pasted_masks():
@@ -141,6 +143,9 @@ def test_pasted_masks():
                 assert whole[y, x] == (value >= 0.5) or abs(value - 0.5) < 1e-4
     assert found[:3].flatten(1).any(1).all() and not found[3].any()
     assert paste_masks(masks[:0], boxes[:0], (5, 6)).shape == (0, 5, 6)
+    rounded = masks.bfloat16()  # as under autocast: coordinates are not
+    large = boxes * 37
+    assert torch.equal(*(paste_masks(m, large, (1300, 1500)) for m in (rounded, rounded.float())))
 
 
 def test_losses_of_the_heads():
@@ -205,6 +210,29 @@ def test_parameters():
     with torch.device("meta"):
         model = create_dense("detection", "mpvg_vit_adapter_tiny", 80)
     assert sum(p.numel() for p in model.parameters()) == 28_077_669
+
+
+def test_initial_weights():
+    """Those of mmdetection: normal in the layers that predict, Xavier's and Kaiming's elsewhere; no bias."""
+    torch.manual_seed(0)
+    head = {"width": 64, "box_width": 128}
+    model = create_dense("detection", "mpvg_vit_adapter_tiny", 80, backbone_args=ADAPTER, head_args=head)
+    heads = model.roi_heads
+    for layer, std in (
+        (heads.box_predictor.cls_score, 0.01),
+        (heads.box_predictor.bbox_pred, 0.001),
+        (heads.box_head.fc6, (2 / (64 * 49 + 128)) ** 0.5),
+        (heads.box_head.fc7, (2 / (128 + 128)) ** 0.5),
+        (heads.mask_head[0][0], (2 / (64 * 9)) ** 0.5),
+        (heads.mask_predictor.conv5_mask, (2 / (64 * 4)) ** 0.5),
+        (heads.mask_predictor.mask_fcn_logits, (2 / 81) ** 0.5),
+        (model.fpn.inner_blocks[1][0], (2 / (24 + 64)) ** 0.5),
+        (model.fpn.layer_blocks[1][0], (2 / (9 * 128)) ** 0.5),
+        (model.rpn.head.conv[0][0], 0.01),
+        (model.rpn.head.cls_logits, 0.01),
+        (model.rpn.head.bbox_pred, 0.01),
+    ):
+        assert layer.weight.std().item() == pytest.approx(std, rel=0.15) and not layer.bias.any()
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

@@ -91,6 +91,14 @@ def test_parameters(scheme):
     assert sum(p.numel() for p in model.aux_head.parameters()) == 256 * (192 * 9 + 2) + 150 * 257
 
 
+def test_initial_weights():
+    """Those of mmsegmentation: Kaiming's by the fan out, and normal in the classifiers."""
+    model = small("segmentation")
+    for layer, std in ((model.decode_head.bottleneck[0], (2 / (9 * 16)) ** 0.5), (model.classifier[1], 0.01)):
+        assert layer.weight.std().item() == pytest.approx(std, rel=0.15)
+    assert not model.classifier[1].bias.any()
+
+
 # ---- training
 
 

@@ -208,7 +208,8 @@ class MaskRCNN(DenseModel):
         box_width: width of the box head's two layers.
         anchor_scale: side of the square anchors, in strides of their map.
         rpn_samples, roi_samples: anchors and proposals of an image that the losses are taken over.
-        proposals: what the RPN keeps of an image.
+        proposals: what the RPN keeps of an image; before overlapping ones are dropped it takes as many of each map, and
+            twice as many while training.
         score_threshold: objects of a smaller score are not reported.
         nms_threshold: of two objects of a class with a larger IoU, only the better one is.
         max_objects: objects of an image that are reported.
@@ -241,7 +242,7 @@ class MaskRCNN(DenseModel):
             bg_iou_thresh=0.3,
             batch_size_per_image=rpn_samples,
             positive_fraction=0.5,
-            pre_nms_top_n={"training": 2000, "testing": 1000},  # of a level
+            pre_nms_top_n={"training": 2 * proposals, "testing": proposals},  # of a level
             post_nms_top_n={"training": proposals, "testing": proposals},
             nms_thresh=0.7,
         )

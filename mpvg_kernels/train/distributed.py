@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -223,7 +223,8 @@ def shard(model: nn.Module) -> None:
                 if type(block).forward is not nn.Module.forward and any(True for _ in block.parameters()):
                     fully_shard(block)
     if isinstance(model, DenseModel):
-        fully_shard(model.backbone)  # which is called alone too, to look at its norms
+        fully_shard(model.trunk)  # which is called alone too, to look at its norms
+        register_fsdp_forward_method(model.trunk, "forward_intermediates")
     fully_shard(model)
 
 

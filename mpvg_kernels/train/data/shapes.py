@@ -70,7 +70,7 @@ def folder(config: Config) -> Path:
         # Written beside it and renamed: whole or not there, whatever happens meanwhile.
         part = root.with_name(f"{root.name}.{uuid.uuid4().hex}")
         try:
-            write(part)
+            write(part, SIZES)
             part.rename(root)
         finally:
             shutil.rmtree(part, ignore_errors=True)
@@ -84,7 +84,7 @@ def folder(config: Config) -> Path:
     return root
 
 
-def write(root: Path, sizes: dict[str, int] = SIZES) -> None:
+def write(root: Path, sizes: dict[str, int]) -> None:
     """Write the scenes of both splits into a new folder.
 
     Args:
@@ -203,8 +203,8 @@ def _check(root: Path) -> None:
         version, sizes = noted["version"], noted["sizes"]
     except (OSError, ValueError, KeyError, TypeError):
         raise InputError(
-            f"data.root is {root}, which holds something else than the scenes of data.name=shapes: expected a folder "
-            "that is empty, missing, or was written for them"
+            f"{root} holds something else than the scenes of data.name=shapes: set data.root to a folder that is "
+            "missing or empty, and they are made there"
         ) from None
     wrong = ""
     if version != VERSION:

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
 from ... import backends
@@ -99,10 +100,18 @@ class Task:
 
     def flops(self, model: nn.Module, data: Data, device: torch.device) -> int:
         """Floating-point operations of one image's forward pass (matrix products and convolutions)."""
-        with torch.no_grad(), FlopCounterMode(display=False) as counter, backends.use_backend("reference"):
-            self.features(model.eval())(torch.zeros(1, *data.input_size, device=device))
-        return counter.get_total_flops()
+        return count_flops(self.features(model.eval()), torch.zeros(1, *data.input_size, device=device))
 
     def autocast(self, device: torch.device) -> torch.autocast:
         """The context in which `config.amp` is in effect."""
         return autocast(self.config.amp, device)
+
+
+@torch.no_grad()
+def count_flops(model: nn.Module, x: Tensor) -> int:
+    """Floating-point operations of a forward pass (matrix products and convolutions)."""
+    # Detached, as torch's counter fails at a module that gets a view of a parameter while there are no gradients.
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    with FlopCounterMode(display=False) as counter, backends.use_backend("reference"):
+        functional_call(model, weights, x)
+    return counter.get_total_flops()

@@ -111,6 +111,9 @@ class DenseTask(Task):
         """
         raise NotImplementedError
 
+    def features(self, model: nn.Module) -> nn.Module:
+        return model.trunk
+
     def evaluate(
         self, model: nn.Module, data: Data, world: World, device: torch.device, on_batch: Callable[[], None]
     ) -> dict[str, float]:

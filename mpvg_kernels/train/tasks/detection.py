@@ -114,9 +114,6 @@ class Detection(DenseTask):
         height, width = (max(STRIDE, min(sides) // STRIDE * STRIDE) for sides in zip(*(i.shape[-2:] for i in images)))
         return torch.stack([F.pad(i, (0, width - i.shape[-1], 0, height - i.shape[-2])) for i in images])
 
-    def features(self, model: nn.Module) -> nn.Module:
-        return model.backbone
-
 
 def predict(model: nn.Module, image: Image.Image, device: torch.device) -> dict[str, Tensor]:
     """See `dense.predict`."""

@@ -8,9 +8,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
-from ... import backends
 from ...models.upernet import label_map, segmentation_loss
 from .. import InputError, TrainingError, distributed, iou
 from ..data import Batch, Data
@@ -18,6 +16,7 @@ from ..data.images import convert
 from ..data.label_maps import LabelMapSplit, MaskData, held_out_image, open_maps
 from ..distributed import World
 from ..model import create_dense_model
+from .base import count_flops
 from .dense import DenseTask
 
 WINDOWS = 4
@@ -109,14 +108,9 @@ class Segmentation(DenseTask):
             ]
         }
 
-    def features(self, model: nn.Module) -> nn.Module:
-        return model.backbone
-
     def flops(self, model: nn.Module, data: Data, device: torch.device) -> int:
         """Of a crop through backbone and decoder; the auxiliary head is left out."""
-        with torch.no_grad(), FlopCounterMode(display=False) as counter, backends.use_backend("reference"):
-            model.eval()(torch.zeros(1, *data.input_size, device=device))
-        return counter.get_total_flops()
+        return count_flops(model.eval(), torch.zeros(1, *data.input_size, device=device))
 
 
 def predict(model: nn.Module, image: Image.Image, device: torch.device) -> dict[str, Tensor]:
