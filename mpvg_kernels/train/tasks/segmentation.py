@@ -102,6 +102,7 @@ class Segmentation(DenseTask):
         if not images:
             raise TrainingError("no held-out image could be read: look at data.root and data.val_split")
         found = {"loss": loss / pixels if pixels else float("nan"), **iou.figures(matrix), "images": int(images)}
+        found["confusion"] = matrix
         names = split.class_names or [f"class {label}" for label in range(classes)]
         rows = zip(names, *(values.tolist() for values in iou.class_figures(matrix)), strict=True)
         keys = ("iou", "acc", "share")
