@@ -1,6 +1,5 @@
 """Scenes of shapes that are made here: what is in them, the folder that they are kept in, and the recipes on them."""
 
-import dataclasses
 import hashlib
 import json
 import shutil
