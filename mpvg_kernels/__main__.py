@@ -16,7 +16,7 @@ import textwrap
 from pathlib import Path
 
 from .train import InputError, Stopped, TrainingError, near_matches
-from .train.run_folder import finite, printable, show, write_json
+from .train.run_folder import RunFolder, finite, printable, show, write_json
 from .train.signals import EXIT_SAVED
 
 # The extra that brings a package, for a message in place of an ImportError.
@@ -80,8 +80,6 @@ def start_of_run(args: argparse.Namespace):
         )
     if folder is None:
         raise InputError(f"mpvg train needs --recipe NAME: there is {', '.join(recipes.names())}")
-    from .train.checkpoint import RunFolder
-
     run = RunFolder(folder)
     return run.config(), run.info.get("recipe", "")
 
@@ -94,19 +92,27 @@ def evaluate(args: argparse.Namespace, fields: list[str]) -> int:
         raise InputError("--split and --folder are both given: give one of them")
     if args.batch_sizes and not args.latency:
         raise InputError("--batch-sizes are those of --latency, which is not given: add it")
-    from .tools import evaluate
+    if (args.images is None) != (args.annotations is None):
+        raise InputError("of --images and --annotations one is given: give both, or none for a split")
+    if args.images is not None and args.split is not None:
+        raise InputError("--split and --images are both given: give one of them")
+    task = RunFolder(args.run_folder).config().task
+    dense = task != "classification"
+    for name in ("folder", "batch") if dense else ("images",):
+        if getattr(args, name) is not None:
+            of = "classification" if dense else "detection and segmentation"
+            raise InputError(f"--{name} is for {of}, and {args.run_folder} is a run of {task}: leave it out")
+    sizes = (args.batch_sizes or ((1,) if dense else (1, 8, 64))) if args.latency else ()
+    options = {"split": args.split or "validation", "out": args.out, "batch_sizes": sizes, "progress": True}
+    if dense:
+        from .tools import dense_evaluate as evaluate
 
-    result = evaluate.evaluate_run(
-        args.run_folder,
-        args.weights,
-        fields,
-        split=args.split or "validation",
-        folder=args.folder,
-        batch=args.batch,
-        out=args.out,
-        batch_sizes=(args.batch_sizes or (1, 8, 64)) if args.latency else (),
-        progress=True,
-    )
+        options |= {"images": args.images, "annotations": args.annotations}
+    else:
+        from .tools import evaluate
+
+        options |= {"folder": args.folder, "batch": args.batch}
+    result = evaluate.evaluate_run(args.run_folder, args.weights, fields, **options)
     if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
         show(evaluate.describe(result))
         write_result(args.json, result)
@@ -116,7 +122,10 @@ def evaluate(args: argparse.Namespace, fields: list[str]) -> int:
 def predict(args: argparse.Namespace, _: list[str]) -> int:
     from .tools import predict
 
-    options = {name: getattr(args, name) for name in ("top", "format", "out", "batch", "device")}
+    if args.draw is not None and not args.pictures:
+        raise InputError("--draw and --no-draw are both given: give one of them")
+    names = ("top", "format", "out", "batch", "device", "threshold", "draw", "pictures")
+    options = {name: getattr(args, name) for name in names}
     return predict.predict_files(args.model, args.paths, args.weights, **options)
 
 
@@ -144,6 +153,17 @@ def at_least_1(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1")
     return int(text)
+
+
+def share(text: str) -> float:
+    """A number from 0 to 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
+    return value
 
 
 def new_file(text: str) -> Path:
@@ -281,29 +301,52 @@ def parser() -> Parser:
     sub = command(
         "eval",
         evaluate,
-        "evaluate a run's weights on any split or folder: accuracy, by class too, confusion, calibration, latency",
+        "evaluate a run's weights on any split or folder: accuracy, AP or mean IoU, by class too, and latency",
         epilog="Fields of the run's config are options, for example\n--data.root DIR --device cpu.\n"
         "Started by torchrun, the processes share the images out.",
     )
     sub.add_argument("run_folder", metavar="RUN", type=Path, help="run folder")
     sub.add_argument("--weights", choices=("best", "last", "ema"), default="last", help="which weights (default: last)")
     sub.add_argument("--split", metavar="NAME", help="train, validation (default), or a name that the data set has")
-    sub.add_argument("--folder", metavar="DIR", type=Path, help="in its place: a folder of images, a folder a class")
-    sub.add_argument("--batch", metavar="N", type=at_least_1, help="images at a time (default: as in training)")
+    sub.add_argument(
+        "--folder", metavar="DIR", type=Path, help="classification: in its place a folder of images, a folder a class"
+    )
+    sub.add_argument("--images", metavar="DIR", type=Path, help="detection, segmentation: in its place these images")
+    sub.add_argument(
+        "--annotations", metavar="PATH", type=Path, help="of --images: COCO's JSON file, or the folder of label maps"
+    )
+    sub.add_argument(
+        "--batch", metavar="N", type=at_least_1, help="classification: images at a time (default: as in training)"
+    )
     sub.add_argument(
         "--out", metavar="DIR", type=Path, help="where figures and pictures go (default: RUN/eval/WEIGHTS-SPLIT)"
     )
     sub.add_argument("--json", metavar="FILE", type=new_file, help="write the result there as well")
     sub.add_argument("--latency", action="store_true", help="measure latency and throughput by batch size too")
-    sub.add_argument("--batch-sizes", metavar="N", type=at_least_1, nargs="+", help="of --latency (default: 1 8 64)")
-    sub = command("predict", predict, "classify images with a run's model, or one in timm's format")
+    sub.add_argument(
+        "--batch-sizes",
+        metavar="N",
+        type=at_least_1,
+        nargs="+",
+        help="of --latency (default: 1 8 64; of detection and segmentation 1)",
+    )
+    sub = command(
+        "predict",
+        predict,
+        "classify images with a run's model, or one in timm's format; of detection and segmentation draw what it finds",
+    )
     sub.add_argument("model", metavar="MODEL", type=Path, help="run folder, or a folder in timm's format (RUN/best)")
     sub.add_argument("paths", metavar="PATH", nargs="+", help="image files, and folders, searched to the bottom")
     sub.add_argument("--weights", choices=("best", "last", "ema"), help="which weights of a run (default: last)")
-    sub.add_argument("--top", metavar="K", type=at_least_1, default=5, help="classes of each image (default: 5)")
+    sub.add_argument("--top", metavar="K", type=at_least_1, help="classes of each image (default: 5)")
+    sub.add_argument("--threshold", metavar="S", type=share, help="detection: least score, 0 to 1 (default: 0.5)")
+    sub.add_argument(
+        "--draw", metavar="DIR", type=Path, help="detection, segmentation: where pictures go (default: predictions)"
+    )
+    sub.add_argument("--no-draw", dest="pictures", action="store_false", help="draw no pictures")
     sub.add_argument("--format", choices=("table", "json", "csv"), default="table", help="default: table")
     sub.add_argument("--out", metavar="FILE", type=Path, help="write there, not to the standard output")
-    sub.add_argument("--batch", metavar="N", type=at_least_1, default=32, help="images at a time (default: 32)")
+    sub.add_argument("--batch", metavar="N", type=at_least_1, help="classification: images at a time (default: 32)")
     sub.add_argument("--device", metavar="D", default="auto", help="auto (default), cpu, cuda, cuda:1, ...")
     sub = command(
         "analyze",

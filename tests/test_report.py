@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from mpvg_kernels import __main__ as cli
-from mpvg_kernels.tools import page, report
+from mpvg_kernels.tools import class_report, page, report
 from mpvg_kernels.train import curves, loop, recipes, record
 from mpvg_kernels.train.config import from_args, to_dict
 from mpvg_kernels.train.figures import FIGURES
@@ -211,8 +211,8 @@ def test_one_run(one):
 
 def test_samples_are_the_most_confident_mistakes(one):
     folder, pages = one
-    evaluation = report.evaluate(collect(folder), "last")
-    (block,) = (block for block in report._samples(evaluation, 24) if isinstance(block, page.Gallery))
+    evaluation = class_report.evaluate(collect(folder), "last")
+    (block,) = (block for block in class_report._samples(evaluation, 24) if isinstance(block, page.Gallery))
     assert len(block.samples) == 24
     wrong = [sample for sample in block.samples if not sample.right]
     assert block.samples[: len(wrong)] == wrong and 0 < len(wrong) <= 18
@@ -232,7 +232,7 @@ def test_samples_are_the_most_confident_mistakes(one):
 
 def test_confusion_matrix_and_classes(one):
     folder, pages = one
-    found, evaluation = read(pages[0]), report.evaluate(collect(folder), "last")
+    found, evaluation = read(pages[0]), class_report.evaluate(collect(folder), "last")
     matrix = next(table for table in found.tables if table[0] == ["label", *map(str, range(10))])
     counts = [[int(cell or 0) for cell in row[1:]] for row in matrix[1:]]
     assert counts == evaluation.summary["confusion"].tolist() and sum(map(sum, counts)) == 360
@@ -380,7 +380,7 @@ def test_runs_side_by_side(copy, tmp_path):
     assert differ[1:] == [["seed", "0", "5"]]
     assert [row[0] for row in found.tables[1]] == ["run", *["tiny"] * 3, *["other"] * 3]
     assert "tiny" in drawing(found.images[0]) and "other" in drawing(found.images[0])
-    said = [report.evaluate(collect(path), "last").found.top[:, 0] for path in (copy, second)]
+    said = [class_report.evaluate(collect(path), "last").found.top[:, 0] for path in (copy, second)]
     count = int((said[0] != said[1]).sum())
     assert count and f"The runs disagree on {count} of 360 images." in " ".join(found.text)
     assert sum("tiny" in image["alt"] and "label" in image["alt"] for image in found.images) == min(count, 24)
@@ -413,14 +413,14 @@ def test_different_data_shows_no_predictions_side_by_side(copy, tmp_path):
 def test_other_images_show_no_predictions_side_by_side(copy):
     """Of one data set by name, but it has changed between the two."""
     second = Path(shutil.copytree(copy, copy.with_name("other")))
-    plain, calls = report.predictions, []
+    plain, calls = class_report.predictions, []
 
     def predictions(*args, **kwargs):
         calls.append(plain(*args, **kwargs))
         return calls[-1]._replace(label=calls[-1].label.roll(len(calls)))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report, "predictions", predictions)
+        patch.setattr(class_report, "predictions", predictions)
         found = same_tables(report.report([copy, second]))
     assert "Confusion matrix" not in found.text
     assert "The runs' held-out images are not the same: no predictions are shown side by side." in found.text
@@ -611,8 +611,8 @@ def folder_run(tmp_path):
 def test_hostile_names(folder_run, monkeypatch):
     names = [HOSTILE, "b\n# c", "_d"]
     folder = folder_run(names, "_r$x\\y$ <b> & c")
-    plain = report.summary
-    monkeypatch.setattr(report, "summary", lambda found, classes, _: plain(found, classes, names))
+    plain = class_report.summary
+    monkeypatch.setattr(class_report, "summary", lambda found, classes, _: plain(found, classes, names))
     pages = report.report([folder])
     found = same_tables(pages)  # no script, no other address
     text = pages[1].read_text()
@@ -628,7 +628,7 @@ def test_hostile_names(folder_run, monkeypatch):
 @pytest.mark.usefixtures("undrawn")
 def test_many_classes(folder_run, monkeypatch):
     folder = folder_run([str(i) for i in range(25)])
-    plain = report.summary
+    plain = class_report.summary
     names = [f"$x\\y$ {i}" for i in range(25)]
 
     def summary(found, classes, _):
@@ -637,11 +637,11 @@ def test_many_classes(folder_run, monkeypatch):
             row["acc"] = 100.0 - i
         return made
 
-    monkeypatch.setattr(report, "summary", summary)
+    monkeypatch.setattr(class_report, "summary", summary)
     found = same_tables(report.report([folder]))
     assert any(image["alt"].startswith("Confusion matrix of 25 classes") for image in found.images)
     assert "Table of 25 classes" in found.text
-    monkeypatch.setattr(report, "CLASS_ROWS", 10)
+    monkeypatch.setattr(class_report, "CLASS_ROWS", 10)
     found = same_tables(report.report([folder]))
     assert "The 10 least accurate of 25 classes." in found.text
     classes = next(table for table in found.tables if table[0][0] == "class")

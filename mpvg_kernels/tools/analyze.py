@@ -64,6 +64,10 @@ def analyze_run(
     config = run.config()
     if fields:
         config = from_args(config, list(fields), "mpvg analyze RUN")
+    if config.task != "classification":
+        raise InputError(
+            f"{path} is a run of {config.task}, whose images differ in size: mpvg analyze takes runs of classification"
+        )
     device = pick_device(config.device)
     pick_backend(device)
     with cpu_threads(config.threads):

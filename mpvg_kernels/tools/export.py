@@ -31,6 +31,7 @@ import torch.fx
 from torch import Tensor, nn
 
 from .. import backends
+from ..models.dense import DenseModel
 from ..models.patches import check_divides
 from ..train import InputError, near_matches
 from ..train.distributed import pick_backend
@@ -120,6 +121,12 @@ def export(
     _check_options(format, batch, kernels, opset, device)
     pick_backend(device)
     found = _open(source, weights, scheme)
+    if isinstance(found.model, DenseModel):
+        task = found.model.dense_config["task"]
+        raise InputError(
+            f"{found.what} are of a model of {task}: mpvg export takes classification models; the folder that its "
+            "weights are in is a copy that mpvg predict takes"
+        )
     path = (out or Path(found.name + SUFFIXES[format])).absolute()
     card_path = path.with_name(path.name + ".md") if card and format != "safetensors" else None
     _check_places(path, card_path, format)

@@ -15,11 +15,14 @@ from typing import Any, NamedTuple, TypeAlias
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
+from PIL import Image
 
 from ..train.table import Table, escape
 
 THUMB = 160
 """Longest side of an image in a gallery, in pixels of the file; smaller ones stay as they are."""
+FEW = 20
+"""Most rows of a table of many things that is open."""
 INK, PAPER = "#000001", "#fffffe"
 """Colours of a figure's letters and background that the page's own take the place of."""
 # A picture in a page follows the page's light or dark by itself.
@@ -77,6 +80,8 @@ class Gallery(NamedTuple):
     columns: tuple[str, ...]
     """What each line of a caption says."""
     samples: Sequence[Sample]
+    large: bool = False
+    """Pictures with letters on them, of any shape, one or two in a row."""
 
 
 class Heat(NamedTuple):
@@ -120,6 +125,11 @@ class Page(NamedTuple):
     foot: str
 
 
+def folded(table: Table, what: str) -> Block:
+    """A table, shown when one asks for it where it has more than FEW rows; `what` is what they are."""
+    return table if len(table.rows) <= FEW else Fold(f"Table of {len(table.rows)} {what}", [table])
+
+
 # ---- pictures
 
 
@@ -154,13 +164,18 @@ def svg_uri(figure: Figure) -> str:
 
 def image_uri(pixels: np.ndarray) -> str:
     """An image (H, W, 3) or (H, W), uint8: small ones exactly, larger ones reduced to THUMB and as JPEG."""
-    from PIL import Image
-
     image, buffer = Image.fromarray(pixels), io.BytesIO()
     small = max(image.size) <= 64
     image.thumbnail((THUMB, THUMB))
     image.save(buffer, "PNG" if small else "JPEG", **({"optimize": True} if small else {"quality": 85}))
     return uri(buffer.getvalue(), "png" if small else "jpeg")
+
+
+def picture_uri(picture: Image.Image) -> str:
+    """A picture with letters on it, as it is."""
+    buffer = io.BytesIO()
+    picture.save(buffer, "WEBP", quality=82, method=4)
+    return uri(buffer.getvalue(), "webp")
 
 
 # ---- HTML
@@ -205,10 +220,12 @@ td { overflow-wrap:break-word; min-width:3.2rem }
 .heat td, .heat th { text-align:right; min-width:1.7rem; max-width:9rem; padding:.22rem .3rem; white-space:nowrap }
 .gallery { display:grid; grid-template-columns:repeat(auto-fill,minmax(8.2rem,1fr)); gap:.8rem }
 .gallery.wide { grid-template-columns:repeat(auto-fill,minmax(10.3rem,1fr)) }
+.gallery.large { grid-template-columns:repeat(auto-fill,minmax(min(100%,30rem),1fr)) }
 figure { margin:0; border:3px solid rgb(var(--blue)); border-radius:6px; overflow:hidden; background:var(--card) }
 figure.wrong { border-color:rgb(var(--orange)) }
 figure.none { border-color:var(--line) }
 figure img { display:block; width:100%; aspect-ratio:1; object-fit:contain; background:#888 }
+.large figure img { aspect-ratio:auto; background:none }
 figure img.pixels { image-rendering:pixelated }
 figcaption { padding:.3rem .45rem; font-size:.78rem; line-height:1.35 }
 figcaption span { display:block }
@@ -216,7 +233,7 @@ figcaption i { color:var(--soft); font-style:normal }
 details { margin:.6rem 0 }
 summary { cursor:pointer; font-weight:600 }
 @media (max-width:34rem) { th, td { padding:.22rem .3rem } table { font-size:.8rem } tbody th { min-width:4rem }
-  .gallery:not(.wide) { grid-template-columns:repeat(auto-fill,minmax(6.5rem,1fr)); gap:.6rem } }
+  .gallery:not(.wide, .large) { grid-template-columns:repeat(auto-fill,minmax(6.5rem,1fr)); gap:.6rem } }
 footer { margin-top:2.5rem; color:var(--soft); font-size:.85rem }
 """
 NUMBER = re.compile(r"-|[-+]?[\d.,]+(e[-+]?\d+)?( %)?")
@@ -300,7 +317,7 @@ def _gallery_html(block: Gallery) -> str:
         exact = ' class="pixels"' if sample.picture.uri.startswith("data:image/png") else ""
         picture = _picture_html(sample.picture, exact)
         figures.append(f'<figure class="{kind}">{picture}<figcaption>{caption}</figcaption></figure>')
-    kind = "gallery wide" if len(block.columns) > 3 else "gallery"
+    kind = "gallery large" if block.large else "gallery wide" if len(block.columns) > 3 else "gallery"
     return f'<div class="{kind}">{"".join(figures)}</div>'
 
 

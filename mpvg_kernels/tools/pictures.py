@@ -66,16 +66,17 @@ def most_confused(confusion: np.ndarray, count: int) -> list[tuple[int, int, int
     return [(*map(int, divmod(i, len(errors))), int(flat[i])) for i in order if flat[i]]
 
 
-def confusion_matrix(confusion: np.ndarray, class_names: Sequence[str] | None = None) -> Figure:
+def confusion_matrix(confusion: np.ndarray, class_names: Sequence[str] | None = None, of: str = "images") -> Figure:
     """Who is taken for whom: rows are the labels, columns the predictions, colour the share of the row.
 
-    Few classes have the number of images in every cell, and their names at the sides. With many the colours alone are
-    left, on a logarithmic scale, of more than CELLS classes for several neighbours at a time, and under the matrix the
-    pairs that are mistaken most often.
+    Few classes have the number of images in every cell, of pixels the share, and their names at the sides. With many
+    the colours alone are left, on a logarithmic scale, of more than CELLS classes for several neighbours at a time, and
+    under the matrix the pairs that are mistaken most often.
 
     Args:
         confusion: (C, C) int, images by label and prediction.
         class_names: C names; None takes the classes' numbers.
+        of: what is counted, images or pixels.
     """
     confusion = np.asarray(confusion)
     classes = len(confusion)
@@ -89,12 +90,12 @@ def confusion_matrix(confusion: np.ndarray, class_names: Sequence[str] | None = 
         height = 0.6 + 0.24 * max(len(pairs), 1)
         figure = Figure((5.6, 5.4 + height), layout="constrained")
         axes, bars = figure.subplots(2, 1, height_ratios=(5.4, height))
-        _draw_pairs(bars, pairs, names)
-    _draw_matrix(figure, axes, confusion, names)
+        _draw_pairs(bars, pairs, names, of)
+    _draw_matrix(figure, axes, confusion, names, of)
     return figure
 
 
-def _draw_matrix(figure: Figure, axes: Any, confusion: np.ndarray, names: list[str]) -> None:
+def _draw_matrix(figure: Figure, axes: Any, confusion: np.ndarray, names: list[str], of: str) -> None:
     classes = len(confusion)
     step = -(-classes // CELLS)
     if step > 1:  # single rows would vanish between the picture's points
@@ -108,7 +109,7 @@ def _draw_matrix(figure: Figure, axes: Any, confusion: np.ndarray, names: list[s
         share = np.ma.masked_equal(share, 0)
         scale = {"norm": LogNorm(0.1, 100, clip=True)}
     image = axes.imshow(share, cmap="Blues" if classes <= NUMBERED else "viridis", interpolation="nearest", **scale)
-    label = "share of the label's images (%)"
+    label = f"share of the label's {of} (%)"
     figure.colorbar(image, ax=axes, label=label, location="bottom", shrink=0.7, aspect=30, format="%g")
     axes.set(xlabel="predicted", ylabel="label")
     axes.xaxis.set_label_position("top")
@@ -124,18 +125,19 @@ def _draw_matrix(figure: Figure, axes: Any, confusion: np.ndarray, names: list[s
     axes.set_xticks(range(classes), names, rotation=90 if turned else 0, fontsize=size)
     axes.set_yticks(range(classes), names, fontsize=size)
     if classes <= NUMBERED:
-        for (row, column), images in np.ndenumerate(confusion):
-            if images:
+        for (row, column), count in np.ndenumerate(confusion):
+            text = str(count) if of == "images" else f"{share[row, column]:.0f}"
+            if text != "0":
                 style = {"color": "white" if share[row, column] > 55 else "black"}
                 style["fontweight"] = "normal" if row == column else "bold"
-                axes.text(column, row, str(images), ha="center", va="center", fontsize=9, **style)
+                axes.text(column, row, text, ha="center", va="center", fontsize=9, **style)
 
 
-def _draw_pairs(axes: Any, pairs: list[tuple[int, int, int]], names: list[str]) -> None:
+def _draw_pairs(axes: Any, pairs: list[tuple[int, int, int]], names: list[str], of: str) -> None:
     axes.set_title("most confused: label → predicted", fontsize=10)
     if not pairs:
         axes.axis("off")
-        axes.text(0.5, 0.5, "no image was mistaken", ha="center", va="center")
+        axes.text(0.5, 0.5, f"no {of[:-1]} was mistaken", ha="center", va="center")
         return
     # The names lie on the bars: beside them they would take the width that the matrix needs.
     counts = [images for *_, images in pairs]
@@ -145,7 +147,7 @@ def _draw_pairs(axes: Any, pairs: list[tuple[int, int, int]], names: list[str]) 
         axes.text(0.01 * counts[0], row, text, va="center", fontsize=8)
     axes.set_yticks([])
     axes.invert_yaxis()
-    axes.set_xlabel("images")
+    axes.set_xlabel(of)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlim(0, 1.02 * counts[0])
     for side in ("top", "right"):

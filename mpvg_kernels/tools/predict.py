@@ -2,6 +2,7 @@
 
     mpvg predict runs/digits photo.png more/               the best five classes of each image
     mpvg predict runs/digits/best *.jpg --format csv --top 1 --out classes.csv
+    mpvg predict runs/shapes photos/                       of detection and segmentation: dense_predict.py
 
 The preprocessing and the names of the classes are those that are stored with the weights, so that a folder in timm's
 format is enough. Results come in the order of the input, a batch at a time.
@@ -12,15 +13,16 @@ import csv
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeAlias
 
 import torch
 from timm.data import resolve_data_config
 from timm.utils.misc import natural_key
 from torch import nn
 
+from ..models.dense import DenseModel
 from ..train import InputError
 from ..train.config import Config
 from ..train.data.evaluation import IndexedImages
@@ -32,6 +34,8 @@ from .evaluate import TOP, top_classes
 
 FORMATS = ("table", "json", "csv")
 BATCH = 32
+Writer: TypeAlias = tuple[Callable[[], Any], Callable[[dict[str, Any]], Any], Callable[[], Any]]
+"""What is called before the first row, with each row, and behind the last."""
 
 
 class Files:
@@ -73,7 +77,7 @@ def load(source: Path, weights: str | None = None) -> tuple[nn.Module, list[str]
         raise InputError(f"--weights {weights}: {source} is no run folder and has one set of weights; leave it out")
     else:
         model = open_model(source)
-    names = model.pretrained_cfg.get("label_names")
+    names = model.label_names if isinstance(model, DenseModel) else model.pretrained_cfg.get("label_names")
     if isinstance(names, dict):  # timm takes {label: name} too
         names = [names.get(str(i), names.get(i, str(i))) for i in range(model.num_classes)]
     if names is not None and len(names) != model.num_classes:
@@ -159,7 +163,19 @@ def write_rows(rows: Iterable[dict[str, Any]], format: str, file: IO[str], top: 
     Returns:
         How many images could be read.
     """
-    begin, write, end = {"table": _table, "json": _json, "csv": _csv}[format](file, top, width)
+    match format:
+        case "json":
+            writer = json_writer(file)
+        case "csv":
+            writer = _csv(file, top)
+        case _:
+            writer = _table(file, width)
+    return write_all(rows, writer)
+
+
+def write_all(rows: Iterable[dict[str, Any]], writer: Writer) -> int:
+    """Write results as they come; how many of the images could be read."""
+    begin, write, end = writer
     good = 0
     begin()
     for row in rows:
@@ -169,7 +185,7 @@ def write_rows(rows: Iterable[dict[str, Any]], format: str, file: IO[str], top: 
     return good
 
 
-def _table(file: IO[str], top: int, width: int):
+def _table(file: IO[str], width: int) -> Writer:
     def write(row: dict[str, Any]) -> None:
         if "error" not in row:  # which stderr has
             best = (f"{each['name']} {100 * each['probability']:5.1f} %" for each in row["predictions"])
@@ -178,7 +194,8 @@ def _table(file: IO[str], top: int, width: int):
     return (lambda: None), write, (lambda: None)
 
 
-def _json(file: IO[str], top: int, width: int):
+def json_writer(file: IO[str]) -> Writer:
+    """A JSON array."""
     before = ["[\n"]
 
     def write(row: dict[str, Any]) -> None:
@@ -188,7 +205,7 @@ def _json(file: IO[str], top: int, width: int):
     return (lambda: None), write, (lambda: file.write("\n]\n" if before[0] != "[\n" else "[]\n"))
 
 
-def _csv(file: IO[str], top: int, width: int):
+def _csv(file: IO[str], top: int) -> Writer:
     table = csv.writer(file, lineterminator="\n")
     columns = [name for n in range(1, top + 1) for name in (f"class_{n}", f"probability_{n}")]
 
@@ -222,37 +239,76 @@ def predict_files(
     paths: Sequence[str | Path],
     weights: str | None = None,
     *,
-    top: int = TOP,
+    top: int | None = None,
     format: str = "table",
     out: Path | None = None,
-    batch: int = BATCH,
+    batch: int | None = None,
     device: str = "auto",
+    threshold: float | None = None,
+    draw: Path | None = None,
+    pictures: bool = True,
 ) -> int:
-    """Classify files and folders and write what was found; files that can't be read are named on stderr.
+    """Write what is found in files and folders; files that can't be read are named on stderr.
+
+    Args:
+        top, batch: for classification, TOP and BATCH where they are None.
+        threshold: for detection, `dense_predict.THRESHOLD` where it is None.
+        draw, pictures: for detection and segmentation, where pictures go (None: `dense_predict.PICTURES`), and whether
+            there are any.
 
     Returns:
         The exit code: 0 where any image could be read, else 1.
 
     Raises:
-        InputError: the model or `out` can't be had.
+        InputError: the model, `out` or `draw` can't be had, or an option is for other models.
     """
     where = pick_device(device)
     pick_backend(where)
     model, names = load(source, weights)
+    given = {"top": top, "batch": batch, "threshold": threshold, "draw": draw, "no-draw": not pictures or None}
+    _check_options(source, model, given)
     files = list(find(paths))
-    top = min(top, model.num_classes)
+    width = min(max(map(len, files)), 60)
+    if isinstance(model, DenseModel):
+        from . import dense_predict
 
-    def told() -> Iterator[dict[str, Any]]:
-        for row in predict(model, names, files, where, top=top, batch=batch):
-            if "error" in row:
-                print_warning(f"{row['file']} is left out ({row['error']})")
-            yield row
+        place = (draw or dense_predict.PICTURES) if pictures else None
+        least = dense_predict.THRESHOLD if threshold is None else threshold
+        rows = dense_predict.predict(model, names, files, where, threshold=least, pictures=place)
+        detects = model.dense_config["task"] == "detection"
+
+        def write(file: IO[str]) -> int:
+            return write_all(told(rows), dense_predict.writer(format, file, detects, place is not None, width))
+    else:
+        most = min(top or TOP, model.num_classes)
+        rows = predict(model, names, files, where, top=most, batch=batch or BATCH)
+
+        def write(file: IO[str]) -> int:
+            return write_rows(told(rows), format, file, most, width)
 
     try:
         with opened(out) as file:
-            good = write_rows(told(), format, file, top, min(max(map(len, files)), 60))
+            good = write(file)
             file.flush()
     except BrokenPipeError:  # `| head` has seen enough
         discard(sys.stdout)
         return 0
     return 0 if good else 1
+
+
+def told(rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The rows, each of a file that can't be read with a warning."""
+    for row in rows:
+        if "error" in row:
+            print_warning(f"{row['file']} is left out ({row['error']})")
+        yield row
+
+
+def _check_options(source: Path, model: nn.Module, given: dict[str, Any]) -> None:
+    """Say which option is of no use to the model's task."""
+    task = model.dense_config["task"] if isinstance(model, DenseModel) else "classification"
+    tasks = {name: ("classification",) for name in ("top", "batch")} | {"threshold": ("detection",)}
+    for name, value in given.items():
+        of = tasks.get(name, ("detection", "segmentation"))
+        if value is not None and task not in of:
+            raise InputError(f"--{name} is for {' and '.join(of)}, and {source} is a model of {task}: leave it out")

@@ -86,6 +86,8 @@ def runs_of(recipe: str, schemes: Sequence[str], seeds: int, fields: Sequence[st
     if seeds < 1:
         raise InputError(f"--seeds is {seeds}, expected 1 or more")
     base = from_args(base, list(fields), f"mpvg study {recipe}")
+    if base.task != "classification":
+        raise InputError(f"mpvg study compares accuracies of classification, and {recipe} is a recipe of {base.task}")
     names = distinct(schemes, base)
     models = {name: dataclasses.replace(base.model, scheme=name) for name in names}
     stems = {name: re.sub(r"[^a-zA-Z0-9_.=]+", "-", name).strip("-") for name in names}

@@ -103,8 +103,8 @@ class DenseTask(Task):
     ) -> dict[str, Any]:
         """All that is known of a model in eval mode on a split: `figures.evaluated` by key, more figures beside them,
         `images` (how many counted), `per_class` (a dict for each class, "name" first, figures in percent, None where
-        there are none) and, of detection, `results` (COCO's results, a list of dicts; empty on all processes but the
-        first). Called without gradients; every process has to call it and has the same figures.
+        there are none), of detection `results` (COCO's results, a list of dicts; empty on all processes but the first)
+        and of segmentation `confusion` ((C, C) int64 on the CPU, pixels by label and by what was found). Called without gradients; every process has to call it and has the same figures.
 
         Raises:
             TrainingError: no image could be read.
