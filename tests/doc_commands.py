@@ -4,8 +4,8 @@ A code block of a page is indented by four spaces or fenced as bash: commands, e
 examples; or fenced as text: neither. A command is run as it stands, in the order of its page and in one folder, but for
 this:
 
-- `mpvg train` with a recipe gets --smoke, on 224 pixels --data.img_size 64 64, and its run folder gets the name that
-  the page uses;
+- `mpvg train` with a recipe gets --smoke, on 224 pixels and more smaller images (`SMALL`), and its run folder gets the
+  name that the page uses;
 - `mpvg study` and `mpvg bench` get their own options for a small run (`shorter`);
 - torchrun and srun start two processes, in which the variables that they set are set;
 - a line that another page has too is run once, and its run is copied;
@@ -38,6 +38,18 @@ ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 RUNS = {"vit_lite": "vit_lite_7_4_cifar100", "t2t_vit_7": "t2t_vit_7_in1k", "leaves": "deit_tiny_in1k"}
 """Recipes of runs that pages name otherwise than by the recipe's own name, or its beginning."""
+RUNS |= {"coco": "mask_rcnn_adapter_tiny_coco", "ade20k": "upernet_adapter_tiny_ade20k"}
+DATA_OF = {"leaves": "leaves", "vit_lite": "cifar", "t2t_vit_7_cifar100": "cifar", "coco": "coco"}
+DATA_OF |= {"ade20k": "ADEChallengeData2016"}
+"""Where in /data the images of such runs are, if not in imagenet."""
+SMALL = {
+    "classification": "--data.img_size 64 64",
+    "detection": """--detection.short_sides 64 --detection.crop_short_sides 64 --detection.crop_sides 48 64
+    --detection.test_short_side 64 --detection.proposals 50""",
+    "segmentation": """--data.img_size 64 64 --segmentation.short_side 64 --segmentation.long_side 128
+    --segmentation.window 64 --segmentation.stride 42 --dist.sync_bn False""",
+}
+"""Options for smaller images, by task."""
 STUDY = """--seeds 1 --schemes gap mpvg --jobs 1 --epochs 1 --sched.warmup_epochs 0 --sched.cooldown_epochs 0 --batch 4
 --data.epoch_updates 2 --data.max_test_images 8 --data.workers 0"""
 DATA = ("/data", "/other", "/scratch")
@@ -241,7 +253,8 @@ def shorter(args: list[str]) -> list[str]:
     if args[0] == "train":
         recipe = args[args.index("--recipe") + 1] if "--recipe" in args else "digits"
         large = recipe not in ("digits", "vit_lite_7_4_cifar100") and "--data.img_size" not in args
-        return ["--smoke", *(["--data.img_size", "64", "64"] * large)] if is_long(args) else []
+        large &= not recipe.startswith("shapes_")
+        return ["--smoke", *(SMALL[task_of(recipe)].split() if large else ())] if is_long(args) else []
     if args[0] == "study":
         return STUDY.split()
     if args[0] == "bench":
@@ -386,9 +399,9 @@ class Shell:
         if not kept.exists():
             base, _, scheme = name.partition("-")
             recipe = RUNS.get(base) or next((n for n in recipe_names() if n.startswith(base)), "digits")
-            root = self.outside / "data" / ("cifar" if "cifar" in recipe else base if base == "leaves" else "imagenet")
+            root = self.outside / "data" / DATA_OF.get(base, "imagenet")
             argv = ["train", "--recipe", recipe, "--out", f"made/{name}"]
-            argv += [] if recipe == "digits" else ["--data.root", str(root)]
+            argv += [] if recipe == "digits" or recipe.startswith("shapes_") else ["--data.root", str(root)]
             if scheme in ("default", "gap", "lape", "lape_gap", "pvg", "mpvg"):
                 argv += ["--model.scheme", scheme]
             self.start([*argv, *shorter(argv)])
@@ -411,6 +424,12 @@ def recipe_names() -> list[str]:
     from mpvg_kernels.train import recipes
 
     return recipes.names()
+
+
+def task_of(recipe: str) -> str:
+    from mpvg_kernels.train import recipes
+
+    return recipes.load(recipe).task
 
 
 # ---- data
@@ -445,6 +464,29 @@ def generate(root: Path) -> None:
     (root / "data" / "shards").mkdir()
     for place in ("data/cifar", "home/cifar"):
         cifar(root / place)
+    scenes(root)
+
+
+def scenes(root: Path) -> None:
+    """Small data for detection and segmentation in the layouts that the pages name."""
+    from mpvg_kernels.train.data import shapes
+
+    made = root / "home" / ".cache" / "mpvg_kernels" / f"shapes-{shapes.VERSION}"
+    made.parent.mkdir(parents=True)
+    shapes.write(made, {"train": 8, "val": 4})
+    for name in ("boats", "fields"):
+        shutil.copytree(made, root / "data" / name)
+    coco, ade20k = root / "data" / "coco", root / "data" / "ADEChallengeData2016"
+    for split, training in (("train", "training"), ("val", "validation")):
+        shutil.copytree(made / "images" / split, coco / f"{split}2017")
+        shutil.copytree(made / "images" / split, ade20k / "images" / training)
+        shutil.copytree(made / "masks" / split, ade20k / "annotations" / training)
+        (coco / "annotations").mkdir(exist_ok=True)
+        shutil.copy(
+            made / "annotations" / f"instances_{split}.json", coco / "annotations" / f"instances_{split}2017.json"
+        )
+    rows = (f"{i}\t0.1\t10\t1\t1\tclass {i}\n" for i in range(1, 151))
+    (ade20k / "objectInfo150.txt").write_text("Idx\tRatio\tTrain\tVal\tStuff\tName\n" + "".join(rows))
 
 
 def cifar(root: Path) -> None:
@@ -488,10 +530,10 @@ def stay_offline() -> None:
 
     create_model, create_dataset = timm.create_model, sources.create_dataset
 
-    def random_model(name, **kwargs):
-        local = str(name).startswith("local-dir:")
+    def random_model(name, pretrained=False, **kwargs):
+        pretrained &= str(name).startswith("local-dir:")
         name, large = ("regnety_002", name) if str(name).startswith("regnety_160") else (name, None)
-        model = create_model(name, **kwargs | {"pretrained": local and kwargs.get("pretrained", False)})
+        model = create_model(name, pretrained, **kwargs)
         if large:
             model.pretrained_cfg["architecture"] = large.partition(".")[0]
         return model

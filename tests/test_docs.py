@@ -24,6 +24,7 @@ from warm_process import WarmProcess
 
 import mpvg_kernels  # noqa: F401  (registers the models)
 from mpvg_kernels.__main__ import parser
+from mpvg_kernels.models import create_dense
 from mpvg_kernels.train import config, recipes
 
 BY_NAME = {page.name: page for page in PAGES}
@@ -157,6 +158,18 @@ def test_table_of_models():
         for scheme, count in zip(("default", "mpvg"), stated, strict=True):
             model = timm.create_model(name, scheme=scheme, device="meta")
             assert f"{sum(p.numel() for p in model.parameters()):,}" == count, (name, scheme)
+
+
+def test_table_of_dense_models():
+    """With the number of parameters of each."""
+    rows = dict(re.findall(r"^\| (UperNet|Mask R-CNN) \| (.*) \|$", MODELS.read_text(), re.MULTILINE))
+    for name, task, classes in (("UperNet", "segmentation", 150), ("Mask R-CNN", "detection", 80)):
+        with torch.device("meta"):
+            model = create_dense(task, "mpvg_vit_adapter_tiny", classes)
+        assert (
+            rows[name].startswith(f"{classes} (")
+            and f"| {sum(p.numel() for p in model.parameters()):,} |" in rows[name]
+        )
 
 
 def test_table_of_recipes():

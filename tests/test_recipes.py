@@ -2,7 +2,9 @@
 
 deit: facebookresearch/deit main.py; swin: microsoft/Swin-Transformer config.py and configs/swin/swin_tiny_*.yaml;
 ceit: coeusguo/ceit main.py; t2t: yitu-opensource/T2T-ViT README.md and main.py, and transfer_learning.py;
-compact: SHI-Labs/Compact-Transformers configs/datasets/cifar100.yml; paper: MPVG (arXiv 2502.02919).
+compact: SHI-Labs/Compact-Transformers configs/datasets/cifar100.yml; paper: MPVG (arXiv 2502.02919); adapter:
+czczup/ViT-Adapter segmentation/configs/ade20k/upernet_deit_adapter_tiny_512_160k_ade20k.py; mmseg: mmsegmentation 0.x
+configs/_base_/datasets/ade20k.py, models/upernet_r50.py and schedules/schedule_160k.py.
 """
 
 import math
@@ -67,6 +69,24 @@ PUBLISHED = {
         **{"optim.ema_decay": None, "optim.clip_grad": None, "aug.repeats": 1},
     },
 }
+DENSE = {
+    "upernet_adapter_tiny_ade20k": {
+        **{"task": "segmentation", "model.name": "mpvg_vit_adapter_tiny", "model.scheme": "mpvg", "data.name": "masks"},
+        **{"batch": 8, "optim.lr": 12e-5, "optim.weight_decay": 0.01, "optim.name": "adamw"},  # paper
+        **{"epochs": 10, "data.epoch_updates": 16_000},  # paper: 160k; adapter: evaluated every 16,000
+        **{"data.img_size": (512, 512), "sched.warmup_updates": 1500},  # paper
+        **{"optim.betas": (0.9, 0.999), "optim.layer_decay": 0.95, "model.drop_path_rate": 0.1},  # adapter
+        **{"sched.name": "poly", "sched.decay_rate": 1.0, "sched.min_lr": 0.0, "sched.per": "update"},
+        **{"sched.warmup_lr": 12e-5 * 1e-6, "sched.warmup_prefix": False, "sched.cooldown_epochs": 0},
+        **{"segmentation.window": 512, "segmentation.stride": 341, "dist.sync_bn": True, "amp": "bf16"},
+        **{"model.adapter.pretrain_size": 224, "model.adapter.window_size": None},  # all layers see the whole image
+        **{"optim.clip_grad": None, "optim.ema_decay": None, "optim.lr_base_batch": None},
+        **{"segmentation.reduce_zero_label": True, "segmentation.ignore_label": 255, "aug.hflip": 0.5},  # mmseg
+        **{"segmentation.short_side": 512, "segmentation.long_side": 2048, "segmentation.scale": (0.5, 2.0)},
+        **{"segmentation.cat_max_ratio": 0.75, "segmentation.photometric": True, "segmentation.aux_weight": 0.4},
+        **{"segmentation.width": 512, "segmentation.aux_width": 256, "segmentation.drop_rate": 0.1},
+    },
+}
 # size, classes and moments; peak, first and least learning rate after scaling
 IMAGES = {name: ((3, 224, 224), 1000, IMAGENET) for name in PUBLISHED} | {
     "vit_lite_7_4_cifar100": (
@@ -110,7 +130,7 @@ def build(name: str, scheme: str = "mpvg") -> tuple[config.Config, torch.nn.Modu
 
 
 def test_every_recipe_is_pinned():
-    assert set(recipes.names()) == {*PUBLISHED, "digits"}
+    assert set(recipes.names()) == {*PUBLISHED, *DENSE, "digits"}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -141,7 +161,7 @@ def test_learning_rate_of_each_epoch(name):
 
 
 @pytest.mark.parametrize("scheme", ["default", "mpvg"])
-@pytest.mark.parametrize("name", recipes.names())
+@pytest.mark.parametrize("name", [*PUBLISHED, "digits"])
 def test_parameter_groups(name, scheme):
     found, model = build(name, scheme)
     optimizer = create_optimizer(found, model)
@@ -166,6 +186,35 @@ def test_parameter_groups(name, scheme):
     peak = learning_rates(found)["peak"]
     backbone = peak * 0.01 if name == "t2t_vit_7_cifar100" else peak  # transfer: --transfer-ratio
     assert {rates[n] for n in head} == {peak} and {rates[n] for n in trained - head} == {backbone}
+
+
+@pytest.mark.parametrize("name", DENSE)
+def test_values_of_dense_prediction(name):
+    found = recipes.load(name)
+    assert {field: config.get(found, field) for field in DENSE[name]} == DENSE[name]
+    assert not config.ignored(found)
+    registered = get_pretrained_cfg(found.model.name)
+    assert {"mean": registered.mean, "std": registered.std} == IMAGENET
+
+
+def test_learning_rates_of_160k_updates():
+    """mmcv's: a straight line down, in the warm-up times what rises from a millionth to 1."""
+    found = recipes.load("upernet_adapter_tiny_ade20k")
+    total = found.epochs * found.data.epoch_updates
+    optimizer = torch.optim.SGD(
+        [{"params": [torch.zeros(1)], "lr_scale": scale} for scale in (1.0, 0.95**13)], lr=12e-5
+    )
+    schedule = create_schedule(found, optimizer, found.data.epoch_updates)
+    assert total == 160_000
+    for update in (0, 1, 750, 1499, 1500, 80_000, 159_999):
+        schedule.update(update)
+        rise = min(1.0, 1e-6 + (1 - 1e-6) * update / 1500)
+        line = 12e-5 * (1 - update / total)
+        # Here the warm-up rises to the peak, and not to the line at its end: 0.9 % more at most.
+        expected = line * rise if update >= 1500 else 12e-5 * rise
+        assert expected / (line * rise) < 1.0095
+        lr, lowest = (group["lr"] for group in optimizer.param_groups)
+        assert lr == pytest.approx(expected, rel=1e-9) and lowest == pytest.approx(0.95**13 * expected, rel=1e-9)
 
 
 def test_fine_tuning_needs_weights():

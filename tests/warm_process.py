@@ -31,6 +31,7 @@ MOMENTS = {
     "update": ("mpvg_kernels.train.loop", "Trainer.update"),
     "optimizer": ("mpvg_kernels.train.loop", "Trainer._apply_gradients"),
     "evaluation": ("mpvg_kernels.train.tasks.classification", "F.cross_entropy"),
+    "detections": ("mpvg_kernels.train.coco_metrics", "rows"),
     "snapshot": ("mpvg_kernels.train.loop", "Trainer.snapshot"),
     "fsync": ("os", "fsync"),
     "rename": ("os", "replace"),

@@ -20,13 +20,14 @@ from .data.coco import Coco
 
 KINDS = {"box": "bbox", "mask": "segm"}
 """What pycocotools calls them."""
+SIZES = ("small", "medium", "large")
 
 
 def rows(found: dict[str, Tensor], image_id: int, category_ids: Sequence[int]) -> list[dict[str, Any]]:
     """What is found in an image as rows of COCO's results file.
 
     Boxes are rounded to a hundredth of a pixel and scores to a millionth. Classes that the file has no category for
-    (id -1) are left out.
+    are left out.
 
     Args:
         found: as `MaskRCNN` gives it, in pixels of the original image; labels from 1.
@@ -46,7 +47,7 @@ def rows(found: dict[str, Tensor], image_id: int, category_ids: Sequence[int]) -
         for box, label, score, mask in zip(
             boxes.tolist(), found["labels"].tolist(), found["scores"].tolist(), masks, strict=True
         )
-        if category_ids[label - 1] >= 0
+        if category_ids[label - 1] is not None
     ]
 
 
@@ -64,25 +65,21 @@ def average_precision(coco: Coco, images: Sequence[int], results: Sequence[dict[
     """
     truth = _truth(coco, images)
     figures: dict[str, Any] = {}
-    per_class: list[dict[str, Any]] = [{"name": name} for name in coco.class_names]
-    label_of = {key: label for label, key in enumerate(coco.category_ids)}
-    for kind, of_pycocotools in KINDS.items():
-        found = _evaluate(truth, _detections(results, truth, of_pycocotools), of_pycocotools)
+    of_class: dict[int, dict[str, float | None]] = {key: {} for key in truth.cats}
+    for kind, name in KINDS.items():
+        found = _evaluate(truth, _detections(results, truth, name), name)
+        # (overlaps, recalls, classes, areas, most detections), and without the recalls
         precision, recall = found.eval["precision"], found.eval["recall"]
-        # (overlaps, recalls, classes, areas, most detections)
-        sizes = {f"ap_{name}": precision[:, :, :, i, -1] for i, name in enumerate(found.params.areaRngLbl[1:], 1)}
-        parts = {
-            "ap": precision[:, :, :, 0, -1],
-            "ap50": precision[:1, :, :, 0, -1],
-            "ap75": precision[5:6, :, :, 0, -1],
-        }
-        figures |= {f"{kind}_{name}": _mean(part) for name, part in (parts | sizes).items()}
-        figures[f"{kind}_ar"] = _mean(recall[:, :, 0, -1])
-        for i, key in enumerate(found.params.catIds):
-            per_class[label_of[key]] |= {f"{kind}_{name}": _mean(part[:, :, i]) for name, part in parts.items()}
-        lacking = {f"{kind}_{name}": None for name in parts}
-        per_class = [lacking | each for each in per_class]
-    return figures | {"per_class": [{"name": each.pop("name"), **each} for each in per_class]}
+        whole = precision[:, :, :, 0, -1]
+        parts = {"ap": whole, "ap50": whole[:1], "ap75": whole[5:6]}
+        sizes = {f"ap_{size}": precision[:, :, :, i, -1] for i, size in enumerate(SIZES, 1)}
+        more = {"ar": recall[:, :, 0, -1]}
+        figures |= {f"{kind}_{key}": _mean(part) for key, part in (parts | sizes | more).items()}
+        for i, category in enumerate(found.params.catIds):
+            of_class[category] |= {f"{kind}_{key}": _mean(part[:, :, i]) for key, part in parts.items()}
+    lacking = dict.fromkeys(f"{kind}_{key}" for kind in KINDS for key in ("ap", "ap50", "ap75"))
+    pairs = zip(coco.class_names, coco.category_ids, strict=True)
+    return figures | {"per_class": [{"name": name} | lacking | of_class.get(key, {}) for name, key in pairs]}
 
 
 def _mean(values: np.ndarray) -> float | None:
@@ -127,7 +124,7 @@ def _truth(coco: Coco, images: Sequence[int]) -> COCO:
             )
     listed = [{"id": int(coco.ids[i]), "height": int(coco.sizes[i, 0]), "width": int(coco.sizes[i, 1])} for i in images]
     pairs = zip(coco.category_ids, coco.class_names, strict=True)
-    return _index(listed, [{"id": key, "name": name} for key, name in pairs if key >= 0], annotations)
+    return _index(listed, [{"id": key, "name": name} for key, name in pairs if key is not None], annotations)
 
 
 def _detections(results: Sequence[dict[str, Any]], truth: COCO, kind: str) -> COCO:

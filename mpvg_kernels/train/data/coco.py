@@ -25,15 +25,14 @@ import json
 import math
 import os
 import pickle
-import re
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from pycocotools import mask as rle
 from torch import Tensor
 from torchvision import tv_tensors
@@ -44,16 +43,17 @@ from ..config import Config
 from ..distributed import World
 from ..run_folder import print_warning
 from .base import Batch
-from .images import IndexedData, KeyedImages, UnreadableImage, decode
-from .loaded_split import LoadedSplit, collate_lists, spread, to_device
+from .dense import LoadedSplit, collate_lists, resized, spread, to_device
+from .evaluation import SPLITS as SPLIT_FIELDS
+from .images import IndexedData, KeyedImages, UnreadableImage, decode, unreadable
 from .sources import SPLITS, preprocessing
 
 LEAST_SIDE = 1.0
 """Pixels of a box that is trained on, each way."""
+YEARS = ("2017", "2014", "")
 EXAMPLES = 3
 """Examples of a kind in a warning."""
-COMPRESSED = re.compile("[0-o]*[0-O]")
-"""COCO's compressed RLE: groups of characters, of which the last one lacks the bit that says that more follow."""
+NO_MASK = pickle.dumps(None)
 
 
 # ---- the file
@@ -81,8 +81,8 @@ class Coco:
         content = _read(file)
         self.left_out: dict[str, tuple[int, list[str]]] = {}
         self._read_categories(content["categories"])
-        self._read_images(content["images"], folders)
-        self._read_annotations(content["annotations"])
+        listed = self._read_images(content["images"], folders)
+        self._read_annotations(content["annotations"], listed)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -114,7 +114,8 @@ class Coco:
         if not names:
             raise InputError(f"{self.file} has no categories")
 
-    def _read_images(self, images: list, folders: Sequence[Path]) -> None:
+    def _read_images(self, images: list, folders: Sequence[Path]) -> set[int]:
+        """Keep what is there; the ids of all that are listed."""
         found: dict[int, tuple[str, int, int]] = {}
         for each in images:
             try:
@@ -128,7 +129,7 @@ class Coco:
                 self._leave_out("images with the id of another", f"{name}, id {key}")
             else:
                 found[key] = name, *sides
-        self._listed = set(found)
+        listed = set(found)
         names = [name for name, *_ in found.values()]
         self.folder = self._find_folder(names, folders)
         there = _present(self.folder, names)
@@ -138,6 +139,7 @@ class Coco:
         found = {key: row for key, row in found.items() if row[0] in there}
         self.ids, self.names = np.array(list(found), dtype=np.int64), [name for name, *_ in found.values()]
         self.sizes = np.array([size for _, *size in found.values()], dtype=np.int64).reshape(-1, 2)
+        return listed
 
     def _find_folder(self, names: list[str], folders: Sequence[Path]) -> Path:
         """The first of the folders that has one of the first images."""
@@ -154,7 +156,7 @@ class Coco:
             "folder with the images that the file lists"
         )
 
-    def _read_annotations(self, annotations: list) -> None:
+    def _read_annotations(self, annotations: list, listed: set[int]) -> None:
         image_of = {key: i for i, key in enumerate(self.ids.tolist())}
         label_of = {key: label for label, key in enumerate(self.category_ids)}
         images, labels, crowds, trained = array("q"), array("q"), array("b"), array("b")
@@ -173,7 +175,7 @@ class Coco:
                 self._leave_out("annotations without image_id, category_id or a box of four numbers", where)
                 continue
             if image is None:
-                if key not in self._listed:
+                if key not in listed:
                     self._leave_out("annotations of images that are not listed", where)
                 continue
             if label is None:
@@ -183,8 +185,10 @@ class Coco:
             left, right = (min(max(side, 0), width) for side in (x, x + w))
             top, bottom = (min(max(side, 0), height) for side in (y, y + h))
             fits = min(right - left, bottom - top) >= LEAST_SIDE
+            packed = each.get("segmentation", NO_MASK)
+            found = pickle.loads(packed)
             try:
-                segmentation = _segmentation(each.get("segmentation"), height, width)
+                segmentation = _segmentation(found, height, width)
             except ValueError as error:
                 self._leave_out(str(error), where)
                 continue
@@ -202,7 +206,7 @@ class Coco:
             trained.append(fits and not crowd)
             boxes.extend((x, y, w, h))
             areas.append(area if isinstance(area, int | float) else math.nan)
-            self._segmentations += pickle.dumps(segmentation)
+            self._segmentations += packed if segmentation is found else pickle.dumps(segmentation)
             ends.append(len(self._segmentations))
         image = np.array(images, dtype=np.int64)
         order = np.argsort(image, kind="stable")  # by image
@@ -214,19 +218,19 @@ class Coco:
         self._spans = np.stack([ends[:-1], ends[1:]], 1)[order]
 
     def relabel(self, class_names: list[str]) -> None:
-        """Take over the labels of a run's classes; the id of a class that the file has not is -1.
+        """Take over the labels of a run's classes; the id of one that the file lacks is None.
 
         Raises:
             InputError: the file has others.
         """
         if unknown := [name for name in self.class_names if name not in class_names]:
             raise InputError(
-                f"{self.file} has categories that are none of the {len(class_names)} classes of the run: {some(unknown)}"
+                f"{self.file} has categories that are none of the run's {len(class_names)} classes: {some(unknown)}"
             )
         ids = dict(zip(self.class_names, self.category_ids, strict=True))
         label_of = {name: label for label, name in enumerate(class_names)}
         self.labels = np.array([label_of[name] for name in self.class_names])[self.labels]
-        self.class_names, self.category_ids = class_names, [ids.get(name, -1) for name in class_names]
+        self.class_names, self.category_ids = class_names, [ids.get(name) for name in class_names]
 
     def segmentation(self, annotation: int) -> list | dict:
         """An annotation's polygons or RLE, as in the file."""
@@ -234,36 +238,18 @@ class Coco:
         return pickle.loads(self._segmentations[start:end])
 
     def rle(self, image: int, annotation: int) -> dict[str, Any]:
-        """An annotation's mask as pycocotools has it.
-
-        Raises:
-            UnreadableImage: it is an RLE of another number of pixels.
-        """
-        height, width = self.sizes[image].tolist()
+        """An annotation's mask as pycocotools has it."""
+        size = self.sizes[image].tolist()
         found = self.segmentation(annotation)
         if isinstance(found, list):
-            return rle.merge(rle.frPyObjects(found, height, width))
-        if isinstance(found["counts"], list):
-            return rle.frPyObjects(found, height, width)
-        try:
-            rle.decode(found)
-        except ValueError:
-            raise UnreadableImage("one of its masks is an RLE of another number of pixels") from None
-        return found
-
-    def objects(self, image: int) -> np.ndarray:
-        """The annotations of an image that are trained on."""
-        return self.first[image] + np.flatnonzero(self.trained[self.first[image] : self.first[image + 1]])
+            return rle.merge(rle.frPyObjects(found, *size))
+        return rle.frPyObjects(found, *size) if isinstance(found["counts"], list) else found
 
     def target(self, image: int) -> dict[str, Tensor]:
         """What is trained on of an image: "boxes" (N, 4) fp32 left, top, right, bottom, clipped to the image, "labels"
-        (N,) int64 from 0, "masks" (N, H, W) uint8.
-
-        Raises:
-            UnreadableImage: a mask can't be read.
-        """
+        (N,) int64 from 0, "masks" (N, H, W) uint8."""
         height, width = self.sizes[image].tolist()
-        index = self.objects(image)
+        index = self.first[image] + np.flatnonzero(self.trained[self.first[image] : self.first[image + 1]])
         boxes = self.boxes[index]
         boxes[:, 2:] += boxes[:, :2]
         boxes = boxes.clip(0, [width, height, width, height])
@@ -287,7 +273,7 @@ def _read(file: Path) -> dict[str, list]:
     """
     try:
         with open(file, encoding="utf-8") as text:
-            content = json.load(text)
+            content = json.load(text, object_hook=_pack)
     except (OSError, ValueError, RecursionError) as error:
         said = error.strerror if isinstance(error, OSError) else f"no JSON: {error}"
         raise InputError(f"{file} can't be read ({said}); expected annotations in COCO's format") from None
@@ -296,6 +282,13 @@ def _read(file: Path) -> dict[str, list]:
     if lacking:
         raise InputError(f"{file} has no list {' and '.join(lacking)}; expected annotations in COCO's format")
     return content
+
+
+def _pack(found: dict[str, Any]) -> dict[str, Any]:
+    """An object of the JSON, its segmentation as bytes while the rest is read: half the time and memory."""
+    if "segmentation" in found:
+        found["segmentation"] = pickle.dumps(found["segmentation"])
+    return found
 
 
 def _present(folder: Path, names: Sequence[str]) -> set[str]:
@@ -310,28 +303,47 @@ def _present(folder: Path, names: Sequence[str]) -> set[str]:
 
 
 def _segmentation(found: Any, height: int, width: int) -> list | dict | None:
-    """A segmentation that pycocotools can read, without polygons of less than three points; None where nothing is left.
+    """A segmentation that pycocotools can read, without polygons that are none; None where nothing is left.
 
     Raises:
         ValueError: it is an RLE that is broken or of another size.
     """
     if isinstance(found, dict):
-        counts, size = found.get("counts"), found.get("size")
-        if size != [height, width]:
+        counts = found.get("counts")
+        if found.get("size") != [height, width]:
             raise ValueError("masks of another size than their image")
-        if isinstance(counts, str):
-            whole = COMPRESSED.fullmatch(counts)
-        else:
-            whole = isinstance(counts, list) and all(isinstance(n, int) and n >= 0 for n in counts)
-            whole = whole and sum(counts) == height * width
-        if not whole:
-            raise ValueError("masks that are no RLE of their image's size")
+        counts = run_lengths(counts) if isinstance(counts, str) else counts
+        whole = isinstance(counts, list) and all(isinstance(n, int) and n >= 0 for n in counts)
+        if not whole or sum(counts) != height * width:  # with which pycocotools would not come to an end
+            raise ValueError("masks that are no RLE of their image's pixels")
         return found
     if not isinstance(found, list):
         return None
     if found and isinstance(found[0], int | float):  # one polygon, not in a list
         found = [found]
-    return [polygon for polygon in found if _is_polygon(polygon, max(height, width))] or None
+    kept = [polygon for polygon in found if _is_polygon(polygon, max(height, width))]
+    return found if len(kept) == len(found) != 0 else kept or None
+
+
+def run_lengths(text: str) -> list[int] | None:
+    """The run lengths of COCO's compressed RLE, None where it is none.
+
+    A number is in groups of five bits, the lowest first, a character each; from the fourth on it is the difference to
+    the number two before. pycocotools reads beyond the end of a text that ends within a number.
+    """
+    found: list[int] = []
+    value = shift = 0
+    for character in text.encode():
+        bits = character - 48
+        if not 0 <= bits < 64:
+            return None
+        value |= (bits & 31) << shift
+        shift += 5
+        if not bits & 32:  # the last group, with the sign in it
+            value -= (bits & 16) << (shift - 4)
+            found.append(value + (found[-2] if len(found) > 2 else 0))
+            value = shift = 0
+    return None if shift else found
 
 
 def _is_polygon(found: Any, side: int) -> bool:
@@ -345,38 +357,36 @@ def _is_polygon(found: Any, side: int) -> bool:
         return False
 
 
-def find(config: Config, part: str, split: str) -> Coco:
-    """Read the split of that name.
-
-    Args:
-        part: "train" or "val", whose fields of the config name the files.
+def find(config: Config, split: str) -> Coco:
+    """Read a split: "train", "validation", or a name that the data set has for one.
 
     Raises:
         InputError: it is not there, or not as it should be.
     """
-    data = config.data
-    root = _root(config)
-    names = SPLITS.get(split, [split])
-    images, annotations = (getattr(data, f"{part}_{what}") for what in ("images", "annotations"))
-    folders = [f"{start}{name}{year}" for name in names for start in ("", "images/") for year in ("", "2017", "2014")]
-    if annotations is not None:
-        files = [annotations]
-    else:
-        files = [f"annotations/instances_{name}{year}.json" for name in names for year in ("2017", "2014", "")]
-        files += [f"{name}/_annotations.coco.json" for name in names]
+    data, root, field = config.data, _root(config), SPLIT_FIELDS.get(split)
+    name = getattr(data, field) if field else split
+    names = next((names for names in SPLITS.values() if name == names[0]), [name])
+    given = {
+        what: field and getattr(data, f"{field.removesuffix('_split')}_{what}") for what in ("images", "annotations")
+    }
+    files = [f"annotations/instances_{name}{year}.json" for name in names for year in YEARS]
+    files += [f"{name}/_annotations.coco.json" for name in names]
+    if given["annotations"]:
+        files = [given["annotations"]]
     file = next((root / file for file in files if (root / file).is_file()), None)
     if file is None:
-        raise InputError(
-            f"config field data.root is {str(root)!r}, which has no {' or '.join(files)}; expected COCO's annotations "
-            f"there, or data.{part}_annotations"
-        )
-    if images is not None:
-        return Coco(file, [root / images])
-    # Beside the file; else by the file's own name, as a folder may have both 2014 and 2017.
-    own = file.stem.removeprefix("instances_")
-    beside = [file.parent] if file.parent.name != "annotations" else []
-    found = [*beside, root / own, root / "images" / own, *(root / folder for folder in folders), root / "images", root]
-    return Coco(file, [folder for folder in dict.fromkeys(found) if folder.is_dir()] or [root])
+        asked = f"config field data.{field} is {name!r}" if field else f"--split is {name!r}"
+        way_out = f", or data.{field.removesuffix('_split')}_annotations that names another file" if field else ""
+        raise InputError(f"{asked}, but {root} has none of the files {', '.join(files)}; expected one{way_out}")
+    if given["images"]:
+        return Coco(file, [root / given["images"]])
+    own = file.stem.removeprefix("instances_")  # train2017, where there may be a train2014 too
+    folders = [own, f"images/{own}"] + [
+        f"{start}{name}{year}" for start in ("images/", "") for name in names for year in YEARS
+    ]
+    beside = [] if file.parent.name == "annotations" else [file.parent]
+    folders = [*beside, *(root / folder for folder in folders), root / "images", root]
+    return Coco(file, [folder for folder in dict.fromkeys(folders) if folder.is_dir()])
 
 
 def _root(config: Config) -> Path:
@@ -425,8 +435,6 @@ class CocoSource:
         pixels = self.read(index)
         height, width = size = tuple(coco.sizes[image].tolist())
         if not self.train:
-            for annotation in range(coco.first[image], coco.first[image + 1]):
-                coco.rle(image, annotation)  # while a broken one still costs an image and not the evaluation
             return pixels, {"image": image, "size": size}
         target = coco.target(image)
         target["boxes"] = tv_tensors.BoundingBoxes(target["boxes"], format="XYXY", canvas_size=(height, width))
@@ -439,20 +447,13 @@ class CocoSource:
         Raises:
             UnreadableImage: it can't be read, or is of another size than the file says.
         """
-        image = int(self.images[index])
-        height, width = self.coco.sizes[image].tolist()
-        try:
+        height, width = self.coco.sizes[self.images[index]].tolist()
+        with unreadable():
             pixels = decode(self.name(index), self.mode)
-        except MemoryError:
-            raise
-        except UnidentifiedImageError:
-            raise UnreadableImage("not an image") from None
-        except Exception as error:  # PIL has many kinds for a file that is broken
-            said = error.strerror if isinstance(error, OSError) else None
-            raise UnreadableImage(said or (str(error).splitlines() or [type(error).__name__])[0]) from None
         if pixels.size != (width, height):
-            found = "{} x {}".format(*pixels.size)
-            raise UnreadableImage(f"it has {found} pixels, where {self.coco.file.name} says {width} x {height}")
+            raise UnreadableImage(
+                f"it has {pixels.width}x{pixels.height} pixels, expected {width}x{height} as {self.coco.file} says"
+            )
         return pixels
 
     def name(self, index: int) -> str:
@@ -460,12 +461,6 @@ class CocoSource:
 
 
 # ---- transforms
-
-
-def resized(height: int, width: int, short_side: int, long_side: int) -> tuple[int, int]:
-    """The size whose shorter side is short_side, or whose longer one is long_side where it would be longer."""
-    scale = min(short_side / min(height, width), long_side / max(height, width))
-    return max(1, round(height * scale)), max(1, round(width * scale))
 
 
 class RandomShortSide(v2.Transform):
@@ -539,7 +534,7 @@ class TrainTransform:
         return self.steps(image, target)
 
 
-class TestTransform:
+class HeldOutTransform:
     """Resize and normalise, as evaluation and predictions have it.
 
     Args:
@@ -573,15 +568,15 @@ def prepare(config: Config) -> dict[str, Any]:
 
 
 class CocoSplit(LoadedSplit):
-    """The images of a split to be evaluated.
+    """The images of a split to be evaluated; a target is {"image", "size"}, see `CocoSource`.
 
     Attributes:
         coco: the split's file.
     """
 
-    def __init__(self, coco: Coco, images: KeyedImages, **loading: Any):
-        super().__init__(images, num_classes=len(coco.class_names), class_names=coco.class_names, **loading)
-        self.coco = coco
+    def __init__(self, images: KeyedImages, device: torch.device, **loading: Any):
+        self.coco: Coco = images.test.coco
+        super().__init__(images, self.coco.class_names, device, **loading)
 
     def image(self, index: int) -> Image.Image:
         return self.source.read(index)
@@ -597,52 +592,56 @@ class CocoData(IndexedData):
 
     Attributes:
         test_split: the held-out ones.
-        test_indices: those of them that an evaluation takes while training; None are all.
+        test_indices: those of them that data.max_test_images leaves, evenly over the list; None for all.
     """
 
     def __init__(self, config: Config, device: torch.device, world: World = World()):  # noqa: B008
-        self.preprocessing = prepare(config)
-        self.input_size = self.preprocessing["input_size"]
-        train, test = (find(config, part, getattr(config.data, f"{part}_split")) for part in ("train", "val"))
+        self.preprocessing = prepared = prepare(config)
+        self.input_size = prepared["input_size"]
+        train, test = (find(config, split) for split in SPLIT_FIELDS)
         if world.rank == 0:
             train.warn()
             test.warn()
-        if config.data.num_classes not in (None, len(train.class_names)):
+        self.num_classes, self.class_names = len(train.class_names), train.class_names
+        if config.data.num_classes not in (None, self.num_classes):
             raise InputError(
-                f"config field data.num_classes is {config.data.num_classes}, expected {len(train.class_names)}, the "
+                f"config field data.num_classes is {config.data.num_classes}, expected {self.num_classes}, the "
                 f"categories of {train.file}"
             )
         if only := [name for name in train.class_names if name not in test.class_names]:
             raise InputError(f"{test.file} lacks categories of {train.file}, expected the same: {some(only)}")
         test.relabel(train.class_names)
-        self.num_classes, self.class_names = len(train.class_names), train.class_names
-        mode = "L" if self.input_size[0] == 1 else "RGB"
-        trained = np.unique(np.repeat(np.arange(len(train)), np.diff(train.first))[train.trained])
-        if not len(trained):
-            raise InputError(f"{train.file} has no object to train on; expected annotations of its images")
-        images = KeyedImages(
-            CocoSource(train, trained, mode, train=True),
-            CocoSource(test, np.arange(len(test)), mode, train=False),
-            TrainTransform(config, self.preprocessing),
-            TestTransform(self.preprocessing),
-            blank(self.input_size[0]),
-            config.seed,
-        )
+        fit = np.unique(np.searchsorted(train.first, np.flatnonzero(train.trained), side="right") - 1)
+        if not len(fit):
+            raise InputError(f"{train.file} has no object to train on, in images that are there")
+        sources = CocoSource(train, fit, _mode(prepared), train=True), _held_out(test, prepared)
+        transforms = TrainTransform(config, prepared), HeldOutTransform(prepared)
+        images = KeyedImages(*sources, *transforms, blank(prepared), config.seed)
         super().__init__(config, device, world, images, collate_lists, test_batch=1)
-        self.test_split = CocoSplit(test, images, device=device, loader=self.loader, keys=self.keys)
-        most = config.data.max_test_images
-        self.test_indices = None if most is None else spread(len(test), most)
+        self.test_split = CocoSplit(images, device, loader=self.loader, keys=self.keys)
+        self.test_indices = spread(len(test), config.data.max_test_images)
 
     def to_device(self, x: list[Tensor], y: list[dict[str, Tensor]]) -> Batch:
         return Batch(*to_device((x, y), self.device))
+
+    def test_batches(self) -> Iterator[tuple[list[Tensor], list[dict[str, Any]], Tensor]]:
+        return self.test_split.batches(self.test_indices, world=self.world)
 
     def take_bad(self) -> list[dict[str, Any]]:
         return super().take_bad() + self.test_split.take_bad()
 
 
-def blank(channels: int) -> tuple[Tensor, dict[str, Any]]:
+def _mode(prepared: dict[str, Any]) -> str:
+    return "L" if prepared["input_size"][0] == 1 else "RGB"
+
+
+def _held_out(coco: Coco, prepared: dict[str, Any]) -> CocoSource:
+    return CocoSource(coco, np.arange(len(coco)), _mode(prepared), train=False)
+
+
+def blank(prepared: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
     """What stands for an image that can't be read."""
-    return torch.zeros(channels, 32, 32), {"image": -1, "size": (32, 32)}
+    return torch.zeros(prepared["input_size"][0], 32, 32), {"image": -1, "size": (32, 32)}
 
 
 def open_coco(
@@ -652,23 +651,18 @@ def open_coco(
     *,
     images: Path | None = None,
     annotations: Path | None = None,
-    class_names: list[str] | None = None,
+    class_names: Sequence[str] | None = None,
 ) -> CocoSplit:
-    """See `DenseTask.open_split`."""
-    prepared = prepare(config)
+    """See `DenseTask.open_split`; where `annotations` are given without `images`, these are beside them."""
     if annotations is not None:
-        coco = Coco(annotations, [images or annotations.parent])
+        coco = Coco(Path(annotations), [Path(images or annotations.parent)])
     elif images is not None:
-        raise InputError(f"{images} has no annotations: expected COCO's JSON file of these images too")
+        raise InputError(f"the folder of images {images} was given without annotations, expected COCO's JSON file too")
     else:
-        part = "train" if split == "train" else "val"
-        coco = find(
-            config, part, {"train": config.data.train_split, "validation": config.data.val_split}.get(split, split)
-        )
+        coco = find(config, split)
     coco.warn()
     if class_names is not None:
-        coco.relabel(class_names)
-    mode = "L" if prepared["input_size"][0] == 1 else "RGB"
-    source = CocoSource(coco, np.arange(len(coco)), mode, train=False)
-    loaded = KeyedImages(None, source, None, TestTransform(prepared), blank(prepared["input_size"][0]), 0)
-    return CocoSplit(coco, loaded, device=device, workers=config.data.workers)
+        coco.relabel(list(class_names))
+    prepared = prepare(config)
+    loaded = KeyedImages(None, _held_out(coco, prepared), None, HeldOutTransform(prepared), blank(prepared), 0)
+    return CocoSplit(loaded, device, workers=config.data.workers)

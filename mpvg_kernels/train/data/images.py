@@ -1,6 +1,7 @@
 """Images that are read by index: decoding, what replaces an unreadable one, and the processes that load them."""
 
 import atexit
+import contextlib
 import itertools
 import multiprocessing
 import signal
@@ -32,6 +33,23 @@ TRIES = 16
 
 class UnreadableImage(Exception):
     """An image that can't be decoded; the message says why."""
+
+
+@contextlib.contextmanager
+def unreadable(what: str = "") -> Iterator[None]:
+    """Whatever goes wrong inside with an image's file, of which PIL has many kinds, is an UnreadableImage.
+
+    Args:
+        what: begins its message.
+    """
+    try:
+        yield
+    except (MemoryError, UnreadableImage):
+        raise
+    except UnidentifiedImageError:  # its message may hold an address, which no two runs share
+        raise UnreadableImage(f"{what}not an image") from None
+    except Exception as error:
+        raise UnreadableImage(what + (str(error).splitlines() or [type(error).__name__])[0]) from None
 
 
 def decode(file: Any, mode: str) -> Image.Image:
@@ -74,18 +92,12 @@ class Source:
         return len(self.items)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        try:
+        with unreadable():
             image, label = self.items[index]
             if isinstance(image, Image.Image):
                 return convert(image, self.mode), int(label)
             with image:
                 return decode(image, self.mode), int(label)
-        except MemoryError:
-            raise
-        except UnidentifiedImageError:  # its message may hold an address, which no two runs share
-            raise UnreadableImage("not an image") from None
-        except Exception as error:
-            raise UnreadableImage((str(error).splitlines() or [type(error).__name__])[0]) from None
 
     def name(self, index: int) -> str:
         """The image's file, or its index where it has none."""

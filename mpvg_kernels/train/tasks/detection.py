@@ -12,14 +12,16 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
-from .. import InputError, TrainingError, coco_metrics, distributed
+from ... import backends
+from .. import TrainingError, coco_metrics, distributed
 from ..data import Batch, Data
-from ..data.coco import CocoData, CocoSplit, TestTransform, open_coco
+from ..data.coco import CocoData, CocoSplit, HeldOutTransform, open_coco
 from ..data.images import convert
 from ..distributed import World
 from ..model import create_dense_model
-from .dense import DenseSplit, DenseTask
+from .dense import DenseTask
 
 STRIDE = 32
 """Images to be looked at alone are cut to multiples of it."""
@@ -54,14 +56,13 @@ class Detection(DenseTask):
         images: Path | None = None,
         annotations: Path | None = None,
         class_names: Sequence[str] | None = None,
-    ) -> DenseSplit:
-        names = None if class_names is None else list(class_names)
-        return open_coco(self.config, split, device, images=images, annotations=annotations, class_names=names)
+    ) -> CocoSplit:
+        return open_coco(self.config, split, device, images=images, annotations=annotations, class_names=class_names)
 
     def measure(
         self,
         model: nn.Module,
-        split: DenseSplit,
+        split: CocoSplit,
         world: World,
         device: torch.device,
         *,
@@ -71,7 +72,6 @@ class Detection(DenseTask):
         """See `DenseTask.measure`. Masks are kept as RLE, so that memory grows with what is found alone. The figures
         that are evaluated while training are 0 on images without objects, where COCO has none; the others None.
         """
-        assert isinstance(split, CocoSplit)
         coco, seen, rows = split.coco, [], []
         for images, targets, weight in split.batches(indices, world=world):
             on_batch()
@@ -111,15 +111,24 @@ class Detection(DenseTask):
     def images(self, batch: Batch, most: int) -> Tensor:
         """The first images, cut to the size that all of them have."""
         images = batch.x[:most]
-        height, width = (max(STRIDE, min(sides) // STRIDE * STRIDE) for sides in zip(*(i.shape[-2:] for i in images)))
+        least = (min(image.shape[side] for image in images) for side in (-2, -1))
+        height, width = (max(STRIDE, side // STRIDE * STRIDE) for side in least)
         return torch.stack([F.pad(i, (0, width - i.shape[-1], 0, height - i.shape[-2])) for i in images])
+
+    def flops(self, model: nn.Module, data: Data, device: torch.device) -> int:
+        """Of the largest evaluated image through backbone, pyramid and RPN; the heads', which differ from image to
+        image with the number of proposals, are left out."""
+        with torch.no_grad(), FlopCounterMode(display=False) as counter, backends.use_backend("reference"):
+            maps = model.eval().features(torch.zeros(1, *data.input_size, device=device))
+            model.rpn.head(list(model.fpn({str(i): x for i, x in enumerate(maps)}).values()))
+        return counter.get_total_flops()
 
 
 def predict(model: nn.Module, image: Image.Image, device: torch.device) -> dict[str, Tensor]:
     """See `dense.predict`."""
     prepared = model.preprocessing
     image = convert(image, "L" if prepared["input_size"][0] == 1 else "RGB")
-    x, _ = TestTransform(prepared)(image)
+    x, _ = HeldOutTransform(prepared)(image)
     (found,) = model([x.to(device)], sizes=[(image.height, image.width)])
     found = {name: value.cpu() for name, value in found.items()}
     return {**found, "labels": found["labels"] - 1, "boxes": found["boxes"].float(), "scores": found["scores"].float()}

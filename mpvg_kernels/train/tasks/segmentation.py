@@ -1,5 +1,6 @@
 """Semantic segmentation: a class for every pixel, by UperNet."""
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,7 @@ class Segmentation(DenseTask):
             outputs = forward(batch.x)
         loss = segmentation_loss(outputs, batch.y, fields.ignore_label, fields.aux_weight)
         labelled = batch.y != fields.ignore_label
-        right = (outputs[0].detach().argmax(1) == batch.y) & labelled
+        right = outputs[0].detach().argmax(1) == batch.y  # never where ignored, whose label is no class
         return loss, torch.stack([right.sum(), labelled.sum()])
 
     def open_split(
@@ -84,8 +85,11 @@ class Segmentation(DenseTask):
         sums = torch.zeros(3, dtype=torch.float64, device=device)
         for [image], [target], weight in split.batches(indices, world=world):
             on_batch()
+            more = self._calls_of_others(image, batch, world)
             with self.autocast(device):
                 logits = model.segment(image[None], fields.window, fields.stride, batch)
+                for _ in range(more):
+                    model(image[None, :, : fields.window, : fields.window])
             if not weight:
                 continue
             logits, labels = logits.float(), target["label_map"]
@@ -108,6 +112,17 @@ class Segmentation(DenseTask):
                 for name, *values in rows
             ]
         }
+
+    def _calls_of_others(self, image: Tensor, batch: int, world: World) -> int:
+        """How many more calls of the model another process makes for its image, to be made here too: under FSDP each
+        call gathers weights from all processes."""
+        window, stride = self.config.segmentation.window, self.config.segmentation.stride
+        if world.size == 1 or self.config.dist.mode != "fsdp" or window is None:
+            return 0
+        stride = stride or max(1, 2 * window // 3)
+        windows = math.prod(1 - (-max(side - window, 0) // stride) for side in image.shape[-2:])
+        calls = -(-windows // batch)
+        return max(distributed.gather(calls, world)) - calls
 
     def flops(self, model: nn.Module, data: Data, device: torch.device) -> int:
         """Of a crop through backbone and decoder; the auxiliary head is left out."""
