@@ -201,6 +201,13 @@ SHAPELESS = "objects without a mask, whose box is taken for it"
         (lambda c: first(c).pop("area") and None, None, 0, 0),
         (lambda c: c["annotations"].append("nothing"), "annotations without image_id, category_id or a box", 0, 0),
         (lambda c: c["images"].append({"id": 9}), "images without id, file_name, width or height", 0, 0),
+        (
+            lambda c: c["images"].append({**c["images"][0], "id": 9, "height": "64"}),
+            "images without id, file_name",
+            0,
+            0,
+        ),
+        (lambda c: c["images"][0].update(height=float(c["images"][0]["height"])), None, 0, 0),
         (lambda c: c["images"].append(c["images"][0]), "images with the id of another", 0, 0),
         (
             lambda c: c["images"].append({**c["images"][0], "id": 9, "file_name": "no.png"}),

@@ -4,7 +4,9 @@ deit: facebookresearch/deit main.py; swin: microsoft/Swin-Transformer config.py 
 ceit: coeusguo/ceit main.py; t2t: yitu-opensource/T2T-ViT README.md and main.py, and transfer_learning.py;
 compact: SHI-Labs/Compact-Transformers configs/datasets/cifar100.yml; paper: MPVG (arXiv 2502.02919); adapter:
 czczup/ViT-Adapter segmentation/configs/ade20k/upernet_deit_adapter_tiny_512_160k_ade20k.py; mmseg: mmsegmentation 0.x
-configs/_base_/datasets/ade20k.py, models/upernet_r50.py and schedules/schedule_160k.py.
+configs/_base_/datasets/ade20k.py, models/upernet_r50.py and schedules/schedule_160k.py; detection: the adapter's
+detection/configs/mask_rcnn/mask_rcnn_deit_adapter_tiny_fpn_3x_coco.py; mmdet: mmdetection 2.x
+configs/_base_/models/mask_rcnn_r50_fpn.py, schedules/schedule_3x.py and mmdet/models.
 """
 
 import math
@@ -85,6 +87,24 @@ DENSE = {
         **{"segmentation.short_side": 512, "segmentation.long_side": 2048, "segmentation.scale": (0.5, 2.0)},
         **{"segmentation.cat_max_ratio": 0.75, "segmentation.photometric": True, "segmentation.aux_weight": 0.4},
         **{"segmentation.width": 512, "segmentation.aux_width": 256, "segmentation.drop_rate": 0.1},
+    },
+    "mask_rcnn_adapter_tiny_coco": {
+        **{"task": "detection", "model.name": "mpvg_vit_adapter_tiny", "model.scheme": "mpvg", "data.name": "coco"},
+        **{"batch": 8, "epochs": 36, "optim.lr": 1e-4, "optim.weight_decay": 0.05, "optim.name": "adamw"},  # paper
+        **{"sched.warmup_updates": 500},  # paper
+        **{"optim.betas": (0.9, 0.999), "optim.layer_decay": None, "model.drop_path_rate": 0.1},  # detection
+        **{"model.adapter.pretrain_size": 224, "model.adapter.window_size": 14, "model.adapter.interactions": 4},
+        **{"model.adapter.global_layers": (2, 5, 8, 11), "dist.sync_bn": True, "amp": "bf16", "aug.hflip": 0.5},
+        **{"detection.short_sides": (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800)},
+        **{"detection.max_side": 1333, "detection.crop_prob": 0.5, "detection.crop_short_sides": (400, 500, 600)},
+        **{"detection.crop_sides": (384, 600), "detection.final_crop": (1024, 1024)},
+        **{"optim.clip_grad": None, "optim.ema_decay": None, "optim.lr_base_batch": None},
+        **{"sched.name": "step", "sched.decay_at": (27, 33), "sched.decay_rate": 0.1},  # mmdet
+        **{"sched.warmup_lr": 1e-7, "sched.per": "update", "sched.cooldown_epochs": 0},
+        **{"detection.test_short_side": 800, "detection.test_max_side": 1333, "detection.anchor_scale": 8.0},
+        **{"detection.score_threshold": 0.05, "detection.nms_threshold": 0.5, "detection.max_detections": 100},
+        **{"detection.width": 256, "detection.box_width": 1024, "detection.proposals": 1000},
+        **{"detection.rpn_samples": 256, "detection.roi_samples": 512},
     },
 }
 # size, classes and moments; peak, first and least learning rate after scaling
@@ -215,6 +235,18 @@ def test_learning_rates_of_160k_updates():
         assert expected / (line * rise) < 1.0095
         lr, lowest = (group["lr"] for group in optimizer.param_groups)
         assert lr == pytest.approx(expected, rel=1e-9) and lowest == pytest.approx(0.95**13 * expected, rel=1e-9)
+
+
+def test_learning_rates_of_the_3x_schedule():
+    """mmcv's: in the warm-up times what rises from a thousandth to 1, then a tenth from epoch 27 on, and from 33."""
+    found, steps = recipes.load("mask_rcnn_adapter_tiny_coco"), 14658
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=learning_rates(found)["peak"])
+    schedule = create_schedule(found, optimizer, steps)
+    expected = {update: 1e-4 * (0.001 + 0.999 * update / 500) for update in (0, 1, 250, 499)}
+    expected |= {500: 1e-4, 27 * steps - 1: 1e-4, 27 * steps: 1e-5, 33 * steps - 1: 1e-5, 33 * steps: 1e-6}
+    for update, lr in {**expected, 36 * steps - 1: 1e-6}.items():
+        schedule.update(update)
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(lr, rel=1e-9), update
 
 
 def test_fine_tuning_needs_weights():

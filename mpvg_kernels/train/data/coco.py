@@ -40,7 +40,7 @@ from torchvision.transforms import v2
 
 from .. import InputError
 from ..config import Config
-from ..distributed import World
+from ..distributed import World, find_world
 from ..run_folder import print_warning
 from .base import Batch
 from .dense import LoadedSplit, collate_lists, resized, spread, to_device
@@ -120,15 +120,15 @@ class Coco:
         for each in images:
             try:
                 key, name, sides = each["id"], each["file_name"], (each["height"], each["width"])
-                whole = all(isinstance(v, int) for v in (key, *sides)) and min(sides) >= 1 and isinstance(name, str)
-            except (TypeError, KeyError):
+                whole = isinstance(key, int) and isinstance(name, str) and all(int(side) == side >= 1 for side in sides)
+            except (TypeError, KeyError, ValueError, OverflowError):
                 whole = False
             if not whole:
                 self._leave_out("images without id, file_name, width or height", str(each)[:80])
             elif key in found:
                 self._leave_out("images with the id of another", f"{name}, id {key}")
             else:
-                found[key] = name, *sides
+                found[key] = name, *map(int, sides)
         listed = set(found)
         names = [name for name, *_ in found.values()]
         self.folder = self._find_folder(names, folders)
@@ -144,7 +144,7 @@ class Coco:
     def _find_folder(self, names: list[str], folders: Sequence[Path]) -> Path:
         """The first of the folders that has one of the first images."""
         if not names:
-            raise InputError(f"{self.file} lists no images")
+            raise InputError(f"{self.file} lists no images with id, file_name, width and height")
         for folder in folders:
             if any((folder / name).is_file() for name in names[:100]):
                 return folder
@@ -660,7 +660,8 @@ def open_coco(
         raise InputError(f"the folder of images {images} was given without annotations, expected COCO's JSON file too")
     else:
         coco = find(config, split)
-    coco.warn()
+    if find_world().rank == 0:
+        coco.warn()
     if class_names is not None:
         coco.relabel(list(class_names))
     prepared = prepare(config)
