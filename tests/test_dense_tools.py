@@ -24,6 +24,7 @@ from warm_process import WarmProcess
 
 from mpvg_kernels import __main__ as cli
 from mpvg_kernels.tools import dense_evaluate, dense_predict, dense_report, overlays, report
+from mpvg_kernels.train.data import shapes
 from mpvg_kernels.train.record import collect
 from mpvg_kernels.train.run_folder import RunFolder
 from mpvg_kernels.train.tasks import dense
@@ -266,7 +267,7 @@ def test_predict_objects(detection, root, tmp_path, capsys):
         found = dense.predict(model, Image.open(row["file"]), CPU)
         kept = (found["scores"] >= 0.19).nonzero()[:, 0].tolist()
         some += len(kept)
-        assert (row["width"], row["height"]) == (128, 128) and len(row["objects"]) == len(kept)
+        assert row["width"] == row["height"] == shapes.SIDE and len(row["objects"]) == len(kept)
         for each, i in zip(row["objects"], kept, strict=True):
             assert each["label"] == found["labels"][i] and each["name"] == SHAPES[each["label"]]
             assert each["score"] == pytest.approx(float(found["scores"][i]))
