@@ -85,6 +85,8 @@ PERFECT = {"ap": 100, "ap50": 100, "ap75": 100}
         ([([18, 20, 40, 40], 1, 0.9)], {"ap": 40, "ap50": 100, "ap75": 0}),
         # By an eighth: 35/45 = 0.78 is right at six overlaps.
         ([([15, 20, 40, 40], 1, 0.9)], {"ap": 60, "ap50": 100, "ap75": 100}),
+        # By a seventh: 34/46 = 0.739 is right up to 0.70.
+        ([([16, 20, 40, 40], 1, 0.9)], {"ap": 50, "ap50": 100, "ap75": 0}),
         # Precision is 1/2 at every recall where a wrong one comes before the right one, and 1 where it comes after.
         ([(BOX, 1, 0.8), ([55, 55, 40, 40], 1, 0.9)], {"ap": 50, "ap50": 50, "ap75": 50}),
         ([(BOX, 1, 0.9), ([55, 55, 40, 40], 1, 0.8)], PERFECT),
