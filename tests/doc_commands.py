@@ -482,7 +482,9 @@ def scenes(root: Path) -> None:
         shutil.copytree(made / "images" / split, ade20k / "images" / training)
         shutil.copytree(made / "masks" / split, ade20k / "annotations" / training)
         (coco / "annotations").mkdir(exist_ok=True)
-        shutil.copy(made / "annotations" / f"instances_{split}.json", coco / "annotations" / f"instances_{split}2017.json")
+        shutil.copy(
+            made / "annotations" / f"instances_{split}.json", coco / "annotations" / f"instances_{split}2017.json"
+        )
     rows = (f"{i}\t0.1\t10\t1\t1\tclass {i}\n" for i in range(1, 151))
     (ade20k / "objectInfo150.txt").write_text("Idx\tRatio\tTrain\tVal\tStuff\tName\n" + "".join(rows))
 

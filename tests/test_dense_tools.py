@@ -23,7 +23,8 @@ from test_report import same_tables, undrawn  # noqa: F401, a fixture
 from warm_process import WarmProcess
 
 from mpvg_kernels import __main__ as cli
-from mpvg_kernels.tools import dense_evaluate, dense_predict, dense_report, overlays
+from mpvg_kernels.tools import dense_evaluate, dense_predict, dense_report, overlays, report
+from mpvg_kernels.train.data import shapes
 from mpvg_kernels.train.record import collect
 from mpvg_kernels.train.run_folder import RunFolder
 from mpvg_kernels.train.tasks import dense
@@ -142,6 +143,25 @@ def test_small_images_of_any_mode_are_enlarged(mode):
     assert overlays.draw_label_map(small, labels, NAMES, side=320).width == 320
 
 
+def test_masks_are_traced():
+    found = objects((100, 100, 300, 300)) | {"boxes": torch.tensor([[50.0, 50, 400, 400]])}
+    picture = np.asarray(overlays.draw_objects(GREY, found, NAMES))
+    for x in (100, 299):
+        assert near(picture[200, x], overlays.colour(0), 2)
+    for x in (90, 105, 294, 310):
+        assert not near(picture[200, x], overlays.colour(0))
+    line = overlays._border(Image.fromarray(np.pad(np.full((4, 4), 255, np.uint8), 8)), 1)
+    assert np.array_equal(np.asarray(line) > 0, np.pad(np.pad(np.zeros((2, 2), bool), 2, constant_values=True), 7))
+
+
+def test_large_images_are_reduced():
+    large = Image.new("RGB", (3000, 1500))
+    found = objects((0, 0, 1500, 1500), size=(1500, 3000))
+    picture = overlays.draw_objects(large, found, NAMES)
+    assert picture.size == (overlays.MOST, overlays.MOST // 2)
+    assert not near(np.asarray(picture)[500, 1000], (0, 0, 0)) and near(np.asarray(picture)[500, 1050], (0, 0, 0), 0)
+
+
 def test_masks_at_borders_and_without_pixels():
     size = (480, 640)
     whole = overlays.draw_objects(GREY, objects((0, 0, 640, 480), (639, 479, 640, 480), scores=[0.9, 0.5]), NAMES)
@@ -247,7 +267,7 @@ def test_predict_objects(detection, root, tmp_path, capsys):
         found = dense.predict(model, Image.open(row["file"]), CPU)
         kept = (found["scores"] >= 0.19).nonzero()[:, 0].tolist()
         some += len(kept)
-        assert (row["width"], row["height"]) == (128, 128) and len(row["objects"]) == len(kept)
+        assert row["width"] == row["height"] == shapes.SIDE and len(row["objects"]) == len(kept)
         for each, i in zip(row["objects"], kept, strict=True):
             assert each["label"] == found["labels"][i] and each["name"] == SHAPES[each["label"]]
             assert each["score"] == pytest.approx(float(found["scores"][i]))
@@ -486,6 +506,13 @@ def test_report_of_several_tasks_and_runs(detection, segmentation, root, tmp_pat
     found = same_tables((tmp_path / "comparison.html", tmp_path / "comparison.md"))
     assert not any(image["src"].startswith("data:image/webp") for image in found.images)
     assert "Classes" not in " ".join(found.text)
+
+
+def test_runs_of_other_tasks_are_of_other_data(detection, segmentation):
+    records = [collect(run) for run in (detection, segmentation)]
+    for record in records:
+        record.info["class_names"] = None
+    assert not report.same_data(records) and report.same_data(records[:1])
 
 
 @pytest.mark.usefixtures("undrawn")

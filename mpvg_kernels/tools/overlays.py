@@ -15,11 +15,13 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
-from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from torch import Tensor
 
-LEAST = 640
-"""Least pixels of a picture's longer side."""
+LEAST, MOST = 640, 2048
+"""Pixels of a picture's longer side, where nothing asks for another number."""
 FILL = 0.42
 """Opacity of a mask."""
 MAP = 0.6
@@ -124,7 +126,7 @@ def draw_objects(
             none, and "scores" (N,) or, of what is known to be there, none.
         names: of the classes.
         min_score: objects of a smaller score are left out.
-        side: pixels of the picture's longer side; None: the image's, at least LEAST.
+        side: pixels of the picture's longer side; None: the image's, at least LEAST and at most MOST.
 
     Returns:
         An RGB picture of the image's shape.
@@ -162,7 +164,7 @@ def _name(names: Sequence[str], label: int) -> str:
 def _resized(image: Image.Image, side: int | None) -> tuple[Image.Image, np.ndarray]:
     """A copy in RGB, and how much wider and higher it is."""
     longer = max(image.size)
-    factor = (side or max(longer, LEAST)) / longer
+    factor = (side or min(max(longer, LEAST), MOST)) / longer
     size = [max(1, round(each * factor)) for each in image.size]
     picture = image.convert("RGB").resize(size, Image.Resampling.BICUBIC if factor > 1 else Image.Resampling.LANCZOS)
     return picture, np.array(picture.size) / image.size
@@ -185,11 +187,18 @@ def _draw_mask(picture: Image.Image, mask: np.ndarray, scale: np.ndarray, paint:
     if scale[0] > 1.5:  # the mask's own pixels would show as steps
         smooth = ImageFilter.GaussianBlur(0.8 * float(scale[0]))
         cover = cover.filter(smooth).point(lambda v: min(255, max(0, 4 * v - 382)))
-    line = 2 * (width // 2) + 1
-    border = ImageChops.subtract(cover.filter(ImageFilter.MaxFilter(line)), cover.filter(ImageFilter.MinFilter(line)))
     at = tuple(map(int, place))
     picture.paste(paint, at, cover.point(lambda v: round(FILL * v)))
-    picture.paste(paint, at, border)
+    picture.paste(paint, at, _border(cover, width // 2))
+
+
+def _border(cover: Image.Image, reach: int) -> Image.Image:
+    """How much of each pixel is within `reach` of the border of what is covered."""
+    grown, shrunk = (torch.from_numpy(sign * np.asarray(cover, dtype=np.float32))[None] for sign in (1, -1))
+    for kernel in ((1, 2 * reach + 1), (2 * reach + 1, 1)):
+        pad = (kernel[0] // 2, kernel[1] // 2)
+        grown, shrunk = (F.max_pool2d(x, kernel, 1, pad) for x in (grown, shrunk))
+    return Image.fromarray((grown + shrunk)[0].byte().numpy())
 
 
 def _draw_labels(picture: Image.Image, labels: Sequence[tuple[np.ndarray, int, str]]) -> None:
@@ -287,7 +296,7 @@ def draw_label_map(
         label_map: (H, W), integers.
         names: of the classes.
         ignore: label of pixels that have no class, which are hatched.
-        side: pixels of the longer side of the image in the picture; None: the image's, at least LEAST.
+        side: pixels of the longer side of the image in the picture; None: as for objects.
 
     Returns:
         An RGB picture, as wide as the image in it and higher by the legend.
@@ -302,7 +311,7 @@ def draw_label_map(
     known = (large != ignore)[..., None]
     # In grey, as its colours would mix with those of the classes, and a little pale, as black would swallow them.
     pixels = 48 + 0.75 * np.asarray(picture.convert("L").convert("RGB")).astype(np.float32)
-    mixed = (1 - MAP) * pixels + MAP * palette()[large % COLOURS]
+    mixed = (1 - MAP) * pixels + np.float32(MAP) * palette()[large % COLOURS]
     stripes = (np.add.outer(np.arange(height), np.arange(width)) // max(4, width // 120) % 2)[..., None]
     pixels = np.where(known, mixed, pixels * (0.8 - 0.35 * stripes))
     pixels = np.where(_borders(large, max(1, round(max(picture.size) / 640)))[..., None], 255, pixels)

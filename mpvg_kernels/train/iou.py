@@ -1,4 +1,4 @@
-"""Intersection over union of label maps, from one matrix of pixel counts that grows with the classes and not the images.
+"""Intersection over union of label maps, from one matrix of pixel counts that grows with the classes alone.
 
     matrix = sum(confusion(found, labels, 150) for found, labels in batches)
     figures(matrix)["miou"]
@@ -51,8 +51,11 @@ def class_figures(matrix: Tensor) -> ClassFigures:
 
 
 def figures(matrix: Tensor) -> dict[str, float]:
-    """Of a matrix (C, C) by `confusion`, in percent: `miou`, the mean IoU of the classes that are labelled or found
-    anywhere; `mean_acc`, the mean accuracy of those that are labelled; `acc`, the share of right pixels. nan of nothing.
+    """Of a matrix (C, C) by `confusion`, in percent, nan where there is nothing.
+
+    Returns:
+        `miou`, the mean IoU of the classes that are labelled or found anywhere; `mean_acc`, the mean accuracy of those
+        that are labelled; `acc`, the share of the labelled pixels that are right.
     """
     iou, accuracy, _ = class_figures(matrix)
     pixels = int(matrix.sum())

@@ -104,9 +104,11 @@ class Trainer:
         self.model: nn.Module = together(world, lambda: self.task.create_model(self.data, start=start)).to(self.device)
         together(world, lambda: self.task.begin(self.data, self.device))
         ema = config.optim
-        self.ema = (
-            ModelEmaV3(self.model, ema.ema_decay, use_warmup=ema.ema_warmup) if ema.ema_decay is not None else None
-        )
+        self.ema = None
+        if ema.ema_decay is not None:
+            # Under FSDP2 weights are DTensors and batch norms' statistics are not: torch takes no list of both.
+            alike = world.size == 1 or config.dist.mode != "fsdp"
+            self.ema = ModelEmaV3(self.model, ema.ema_decay, use_warmup=ema.ema_warmup, foreach=alike)
         self.has_pos_norms, self.pos_images = has_pos_norms(self.task.features(self.model)), None
         self.flops = self.task.flops(self.model, self.data, self.device)
         forward = self._distribute()
@@ -427,7 +429,7 @@ class Run:
             if row["file"] not in trainer.bad_images:
                 trainer.bad_images.add(row["file"])
                 self.log.write("bad_image", row)
-                self.log.warn(f"{row['file']} can't be read as an image")
+                self.log.warn(f"{row['file']} can't be used: {row['reason']}")
 
     def _end_epoch(self, img_s: float) -> None:
         """Evaluate, log, save."""

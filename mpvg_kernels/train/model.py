@@ -179,20 +179,21 @@ def _build_errors(fields: Model, args: dict[str, Any], pretrained: bool) -> Iter
     """An InputError for what goes wrong inside, where the config's model is built with `args`."""
     try:
         yield
-    except TypeError as error:
+    except (TypeError, ValueError, AssertionError, RuntimeError, OSError) as error:  # the last two from a download
         unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
         names = {name: f"model.{name}" for name in ARGUMENTS}
         names |= {name: f"model.adapter.{field}" for name, field in ADAPTER_ARGUMENTS.items()}
         if unknown and unknown[1] in names and unknown[1] in args:
             field, value = names[unknown[1]], args[unknown[1]]
             raise InputError(f"config field {field} is {value!r}, which {fields.name} does not have") from None
-        raise InputError(f"{fields.name} can't be built with {args}: {first_line(error)}") from error
-    except (ValueError, AssertionError, RuntimeError, OSError) as error:  # the last two from a download
         if pretrained:
             raise InputError(
                 f"config field model.pretrained is True, and {fields.name} can't be had so: {first_line(error)}"
             ) from error
-        raise InputError(f"{fields.name} can't be built with {args}: {first_line(error)}") from error
+        said = first_line(error)
+        if not said.startswith(f"{fields.name} can't be built"):
+            said = f"{fields.name} can't be built with {args}: {said}"
+        raise InputError(said) from error
 
 
 def _is_own(name: str) -> bool:

@@ -4,13 +4,13 @@
 
 The layout is COCO's beside that of label maps, so that both tasks read the same scenes:
 
-    images/{train,val}/0000.png                128 x 128 pixels
+    images/{train,val}/0000.png                96 x 96 pixels
     annotations/instances_{train,val}.json     COCO's format: boxes, areas and masks (run lengths) of what is visible
     masks/{train,val}/0000.png                 label maps: 0 is background, 1 to 5 are the shapes
     classes.txt                                their names in this order
     shapes.json                                what wrote it
 
-A scene has one to six shapes of five kinds, of any colour, size and rotation, which hide parts of each other. The
+A scene has one to five shapes of five kinds, of any colour, size and rotation, which hide parts of each other. The
 photographs are the two that scikit-learn ships; scenes for training and held-out ones have different parts of them. A
 scene is a function of its split and number alone: the same on every machine, whatever the run's seed is.
 """
@@ -31,13 +31,13 @@ from ..config import Config
 
 VERSION = 1
 """Of the scenes: to be raised with any change of them."""
-SIDE = 128
+SIDE = 96
 SIZES = {"train": 800, "val": 200}
 CLASSES = ("circle", "square", "triangle", "cross", "ring")
 # Columns of the photographs, which are 640 wide.
 COLUMNS = {"train": (0, 384), "val": (384, 640)}
-MOST = 6
-RADII = (9.0, 30.0)
+MOST = 5
+RADII = (9.0, 24.0)
 # An object is drawn if at least so much of it shows, and so many pixels.
 LEAST_SHARE, LEAST_PIXELS = 0.4, 60
 

@@ -16,10 +16,10 @@ mpvg 41.69.
 
 The values are those of ViT-Adapter's upernet_deit_adapter_tiny_512_160k_ade20k: every update has its own learning rate,
 1,500 of warm-up and a straight line down to 0, and each layer below the heads has 0.95 of the one above; whole images
-are evaluated by windows of 512 pixels that slide by 341, every 16,000 updates. (In the warm-up the rate is at most 0.9 %
-above mmcv's, which multiplies the line by what rises.) The paper names optimizer, learning rate, weight decay, batch,
-updates, warm-up and crop; that the rest is ViT-Adapter's is ours, also where the paper says cosine of all its recipes.
-So is bf16 in place of fp16. The batch is the paper's 8, ViT-Adapter has 16.
+are evaluated by windows of 512 pixels that slide by 341, every 16,000 updates. (In the warm-up the rate is at most
+0.9 % above mmcv's, which multiplies the line by what rises.) The paper names optimizer, learning rate, weight decay,
+batch, updates, warm-up and crop; that the rest is ViT-Adapter's is ours, also where the paper says cosine of all its
+recipes, and so is bf16 in place of fp16. The batch is the paper's 8, ViT-Adapter has 16.
 """
 
 from ..config import Adapter, Aug, Config, Data, Dist, Model, Optim, Sched, Segmentation

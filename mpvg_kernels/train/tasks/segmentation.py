@@ -53,7 +53,7 @@ class Segmentation(DenseTask):
             outputs = forward(batch.x)
         loss = segmentation_loss(outputs, batch.y, fields.ignore_label, fields.aux_weight)
         labelled = batch.y != fields.ignore_label
-        right = (outputs[0].detach().argmax(1) == batch.y) & labelled
+        right = outputs[0].detach().argmax(1) == batch.y  # never where ignored, whose label is no class
         return loss, torch.stack([right.sum(), labelled.sum()])
 
     def open_split(

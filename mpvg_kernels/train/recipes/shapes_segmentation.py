@@ -1,0 +1,34 @@
+"""shapes_segmentation: a small ViT-Adapter with UperNet on scenes of coloured shapes, which are made at the first start.
+
+    mpvg train --recipe shapes_segmentation
+"""
+
+from ..config import Adapter, Config, Data, Model, Optim, Sched, Segmentation
+
+config = Config(
+    task="segmentation",
+    epochs=10,
+    batch=8,
+    eval_interval=2,
+    threads=1,
+    model=Model(
+        name="mpvg_vit_adapter_tiny",
+        scheme="mpvg",
+        embed_dim=96,
+        depth=4,
+        num_heads=3,
+        adapter=Adapter(pretrain_size=96, interactions=2, conv_inplane=16, deform_num_heads=3, deform_ratio=0.5),
+    ),
+    data=Data(name="shapes", img_size=(96, 96), workers=1),
+    optim=Optim(lr=3e-3, weight_decay=0.05),
+    sched=Sched(warmup_epochs=0.5),
+    segmentation=Segmentation(
+        short_side=96,
+        long_side=96,
+        scale=(0.8, 1.25),
+        cat_max_ratio=1.0,
+        photometric=False,
+        width=48,
+        aux_width=16,
+    ),
+)
