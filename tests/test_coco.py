@@ -79,6 +79,8 @@ def test_years_side_by_side(tmp_path):
         split(tmp_path / f"train{year}", tmp_path / "annotations" / f"instances_train{year}.json", 4)
     found = coco.find(small(tmp_path), "train")
     assert found.folder.name == "train2017" and found.file.name == "instances_train2017.json"
+    older = ("--data.train_annotations", "annotations/instances_train2014.json")
+    assert coco.find(small(tmp_path, *older), "train").folder.name == "train2014"
 
 
 @pytest.mark.parametrize(
@@ -229,6 +231,9 @@ def test_what_is_left_out(changed, capsys, change, reason, annotations, trained)
     assert (f"mpvg: warning: {found.file} has 1 {reason}" in said) if reason else not said
     for image in range(len(found)):
         target = found.target(image)
+        height, width = found.sizes[image].tolist()
+        limit = torch.tensor([width, height, width, height])
+        assert ((target["boxes"] >= 0) & (target["boxes"] <= limit)).all()
         assert target["masks"].flatten(1).any(1).all() and (target["boxes"][:, 2:] > target["boxes"][:, :2]).all()
 
 
@@ -295,13 +300,17 @@ def test_images_that_are_found_out_later(root, tmp_path, spoil, reason):
             list(strict.train_batches(1))
 
 
-@pytest.mark.parametrize("text", ["11", "", "PPP", "1\x7f", "é", 5, None, [5, 5], [1, -1], ["a"]])
+@pytest.mark.parametrize("text", ["11", "", "PPP", "WHOLE1P", "1\x7f", "é", 5, None, [5, 5], [1, -1], ["a"]])
 def test_broken_run_lengths(changed, text):
     """With an RLE of another number of pixels pycocotools compares masks for ever, or reads what is not its own."""
 
     def change(content):
         size = [content["images"][0]["height"], content["images"][0]["width"]]
-        first(content)["segmentation"] = {"size": size, "counts": text}
+        spoilt = text
+        if text == "WHOLE1P":  # all pixels, and a number that does not end
+            whole = rle.encode(np.zeros(size, np.uint8, order="F"))
+            spoilt = whole["counts"].decode() + "P"
+        first(content)["segmentation"] = {"size": size, "counts": spoilt}
 
     found = changed(change)
     assert list(found.left_out) == ["masks that are no RLE of their image's pixels"]
@@ -433,15 +442,13 @@ def test_sides_are_those_of_the_config():
 
 
 def test_masks_are_sampled_at_pixel_centres():
-    """An image and its mask that are made three times larger stay on each other to the pixel."""
-    resize = coco.RandomShortSide((240,), 1000)
+    """A mask that is made smaller has the pixel that each new one's centre is in."""
     image, target = sample()
-    pixels, target = resize(image, target)
-    assert target["masks"].shape == (3, 240, 360)
-    for i, (left, top, right, bottom) in enumerate(target["boxes"].long().tolist()):
-        expected = torch.zeros(240, 360, dtype=torch.uint8)
-        expected[top:bottom, left:right] = 1
-        assert torch.equal(target["masks"][i], expected)
+    target["masks"] = tv_tensors.Mask(torch.arange(80 * 120).view(1, 80, 120) % 251)
+    _, target = coco.RandomShortSide((50,), 1000)(image, target)
+    rows, columns = ((torch.arange(n) + 0.5) * 1.6 for n in (50, 75))
+    expected = (rows.long()[:, None] * 120 + columns.long()) % 251
+    assert torch.equal(target["masks"][0], expected)
 
 
 def test_held_out_images_keep_their_ratio(root):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ... import backends
-from .. import TrainingError, coco_metrics, distributed
+from .. import InputError, TrainingError, coco_metrics, distributed
 from ..data import Batch, Data
 from ..data.coco import CocoData, CocoSplit, HeldOutTransform, open_coco
 from ..data.images import convert
@@ -40,6 +40,12 @@ class Detection(DenseTask):
         return create_dense_model(
             self.config, data, start=start, head_args=head | {"max_objects": fields.max_detections}
         )
+
+    def begin(self, data: Data, device: torch.device) -> None:
+        if self.config.compile:  # PyTorch 2.14's compiler fails at the backbone with sizes that vary
+            raise InputError(
+                "config field compile is True, expected False for task detection, whose images vary in size"
+            )
 
     def loss(self, forward: Callable[..., Any], batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
         targets = [{**target, "labels": target["labels"] + 1} for target in batch.y]  # 0 is the background
@@ -92,21 +98,6 @@ class Detection(DenseTask):
             figures = coco_metrics.average_precision(coco, seen, results)
             figures |= {figure.key: figures[figure.key] or 0.0 for figure in self.figures.evaluated}
         return {**distributed.from_main(figures, world), "images": len(seen), "results": results}
-
-    def compile(self, model: nn.Module) -> Callable[..., Any]:
-        """The backbone is compiled; what follows has other shapes for each image. In training alone: what looks at the
-        norms needs the plain one."""
-        whole = getattr(model, "module", model)  # inside of DDP
-        plain, compiled = whole.backbone, torch.compile(whole.backbone, dynamic=True)
-
-        def forward(*args: Any) -> Any:
-            whole.backbone = compiled
-            try:
-                return model(*args)
-            finally:
-                whole.backbone = plain
-
-        return forward
 
     def images(self, batch: Batch, most: int) -> Tensor:
         """The first images, cut to the size that all of them have."""
