@@ -109,7 +109,7 @@ class Detection(DenseTask):
     def flops(self, model: nn.Module, data: Data, device: torch.device) -> int:
         """Of the largest evaluated image through backbone, pyramid and RPN; the heads', which differ from image to
         image with the number of proposals, are left out."""
-        with torch.no_grad(), FlopCounterMode(display=False) as counter, backends.use_backend("reference"):
+        with torch.inference_mode(), FlopCounterMode(display=False) as counter, backends.use_backend("reference"):
             maps = model.eval().features(torch.zeros(1, *data.input_size, device=device))
             model.rpn.head(list(model.fpn({str(i): x for i, x in enumerate(maps)}).values()))
         return counter.get_total_flops()
