@@ -45,8 +45,8 @@ def written(tmp_path_factory):
 @pytest.mark.parametrize(
     "part, expected",
     [
-        ("image", "482b23ae785ef1c5"),
-        ("label_map", "0bdeaf374fcb743f"),
+        ("image", "3d77599f3033a821"),
+        ("label_map", "6e77fe040121d1b2"),
     ],
 )
 def test_scenes_are_the_same_everywhere(part, expected):
