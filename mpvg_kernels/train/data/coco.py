@@ -576,7 +576,7 @@ class CocoSplit(LoadedSplit):
 
     def __init__(self, images: KeyedImages, device: torch.device, **loading: Any):
         self.coco: Coco = images.test.coco
-        super().__init__(images, self.coco.class_names, device, **loading)
+        super().__init__(images, len(self.coco.class_names), self.coco.class_names, device, **loading)
 
     def image(self, index: int) -> Image.Image:
         return self.source.read(index)

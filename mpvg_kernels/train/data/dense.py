@@ -98,7 +98,7 @@ class LoadedSplit(DenseSplit):
 
     Args:
         images: what loads them.
-        class_names: see `DenseSplit`.
+        num_classes, class_names: see `DenseSplit`.
         device: where batches go.
         workers: most processes of its own that load images.
         loader, keys: another's loader in their place, with the lists of keys that it asks for.
@@ -107,7 +107,8 @@ class LoadedSplit(DenseSplit):
     def __init__(
         self,
         images: KeyedImages,
-        class_names: list[str],
+        num_classes: int,
+        class_names: list[str] | None,
         device: torch.device,
         *,
         workers: int = 0,
@@ -115,7 +116,7 @@ class LoadedSplit(DenseSplit):
         keys: KeyLists | None = None,
     ):
         self.images, self.source, self.size = images, images.test, len(images.test)
-        self.num_classes, self.class_names, self.device = len(class_names), class_names, device
+        self.num_classes, self.class_names, self.device = num_classes, class_names, device
         self.most_workers, self.workers = workers, -1
         self.keys, self.loader, self.lent = keys or KeyLists(), loader, loader is not None
         self._bad: list[dict[str, Any]] = []

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import default_collate
 from torchvision import tv_tensors
@@ -30,10 +30,9 @@ from ..config import Config
 from ..distributed import World
 from ..run_folder import print_warning
 from .base import Batch
-from .dense import DenseSplit
-from .evaluation import IMAGES_PER_WORKER, cpus
+from .dense import LoadedSplit, resized, spread
 from .evaluation import SPLITS as SPLIT_FIELDS
-from .images import IndexedData, KeyedImages, KeyLists, Loader, Sample, UnreadableImage, decode
+from .images import IndexedData, KeyedImages, Sample, UnreadableImage, decode, unreadable
 from .sources import EXTENSIONS, SPLITS, preprocessing
 
 IMAGES = ("images/{}", "{}/images")
@@ -185,18 +184,6 @@ def _folders(config: Config, split: str) -> tuple[Path, Path]:
     return found[0], found[1]
 
 
-@contextlib.contextmanager
-def _unreadable(what: str) -> Iterator[None]:
-    try:
-        yield
-    except (MemoryError, UnreadableImage):
-        raise
-    except UnidentifiedImageError:  # its message may hold an address, which no two runs share
-        raise UnreadableImage(f"{what}not an image") from None
-    except Exception as error:  # PIL has many kinds
-        raise UnreadableImage(what + (str(error).splitlines() or [type(error).__name__])[0]) from None
-
-
 def _refusal(path: Path, mode: str) -> str:
     return (
         f"the label map {path} is an image of colours or shades (mode {mode}), expected one channel of labels: write "
@@ -241,12 +228,12 @@ class LabelMaps:
         return image, labels
 
     def image(self, index: int) -> Image.Image:
-        with _unreadable(""):
+        with unreadable():
             return decode(self.pairs[index][0], self.mode)
 
     def labels(self, index: int) -> Tensor:
         path = self.pairs[index][1]
-        with _unreadable(f"label map {path}: "), Image.open(path) as file:
+        with unreadable(f"label map {path}: "), Image.open(path) as file:
             if file.mode not in MAP_MODES:
                 raise UnreadableImage(_refusal(path, file.mode))
             # Pillow stretches grey values of 2 and 4 bits to 8.
@@ -270,12 +257,6 @@ class LabelMaps:
 # ---- transforms
 
 
-def resized(height: int, width: int, short_side: float, long_side: float) -> list[int]:
-    """Height and width of an image whose sides are made as large as they can be, in proportion."""
-    factor = min(short_side / min(height, width), long_side / max(height, width))
-    return [max(1, int(side * factor + 0.5)) for side in (height, width)]
-
-
 def _uniform(least: float, most: float) -> float:
     return least + (most - least) * torch.rand(()).item()
 
@@ -293,7 +274,7 @@ class RandomScale(v2.Transform):
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
         factor = _uniform(*self.scale)
         size = functional.get_size(flat_inputs[0])
-        return {"size": resized(*size, factor * self.short_side, factor * self.long_side)}
+        return {"size": list(resized(*size, factor * self.short_side, factor * self.long_side))}
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
         if isinstance(inpt, tv_tensors.Mask):
@@ -404,7 +385,7 @@ def held_out_image(image: Image.Image, prepared: dict[str, Any]) -> Tensor:
     The sides are not rounded to multiples of 32, as mmsegmentation does by stretching the image: the model pads.
     """
     size = resized(image.height, image.width, prepared["short_side"], prepared["long_side"])
-    x = functional.resize(functional.pil_to_tensor(image), size, antialias=True)
+    x = functional.resize(functional.pil_to_tensor(image), list(size), antialias=True)
     return functional.normalize(functional.to_dtype(x, torch.float32, scale=True), prepared["mean"], prepared["std"])
 
 
@@ -437,33 +418,27 @@ def preparation(config: Config) -> dict[str, Any]:
     return kept | {key: getattr(fields, key) for key in ("short_side", "long_side", "window", "stride")}
 
 
-class LabelMapSplit(DenseSplit):
+class LabelMapSplit(LoadedSplit):
     """See `DenseSplit`; a target is {"label_map": (H, W) int64} of the original size, with ignored pixels in it.
 
     Args:
-        source: the images and label maps.
-        keys, loader: what loads them, where others use it too; None makes worker processes when they are needed.
-        note: called with what could not be read, as `Data.take_bad` tells it.
+        images: what loads them.
+        class_names: None where nothing names the classes.
+        loading: see `LoadedSplit`.
     """
+
+    source: LabelMaps
 
     def __init__(
         self,
-        source: LabelMaps,
+        images: KeyedImages,
         class_names: list[str] | None,
-        prepared: dict[str, Any],
-        config: Config,
         device: torch.device,
-        keys: KeyLists | None = None,
-        loader: Loader | None = None,
-        note: Callable[[list[dict[str, Any]]], None] = lambda bad: None,
+        format: torch.memory_format = torch.contiguous_format,
+        **loading: Any,
     ):
-        self.source, self.size, self.device, self.note = source, len(source), device, note
-        self.num_classes, self.class_names, self.bad = source.num_classes, class_names, []
-        self.ignore_label = source.ignore
-        self.most_workers, self.format = config.data.workers, _format(config)
-        self.images = KeyedImages(None, source, None, HeldOutTransform(prepared), blank(prepared, source), config.seed)
-        self.keys, self.loader, self.owns = keys or KeyLists(), loader, loader is None
-        self.workers = -1
+        super().__init__(images, images.test.num_classes, class_names, device, **loading)
+        self.format, self.ignore_label = format, images.test.ignore
 
     def batches(
         self,
@@ -471,38 +446,17 @@ class LabelMapSplit(DenseSplit):
         *,
         world: World = World(),  # noqa: B008, it is frozen
     ) -> Iterator[tuple[list[Tensor], list[dict[str, Tensor]], Tensor]]:
-        order = np.arange(self.size) if indices is None else np.asarray(indices, dtype=np.int64)
-        mine = order[world.rank :: world.size]
-        mine = np.pad(mine, (0, -(-len(order) // world.size) - len(mine)), constant_values=-1)
-        if self.owns:
-            workers = min(self.most_workers, len(mine) // IMAGES_PER_WORKER, cpus())
-            if workers != self.workers:
-                self.close()
-                pin = self.device.type == "cuda"
-                self.loader = Loader(self.images, workers, pin, collate=collate, batch_sampler=self.keys)
-                self.workers = workers
-        self.keys.lists = ([(None, int(index), int(index))] for index in mine)
-        for x, y, weight, bad in self.loader.batches():
-            self.note(bad)
-            self.bad += [one for row in bad if (one := {k: row[k] for k in ("file", "reason")}) not in self.bad]
-            images = [each[None].to(self.device, memory_format=self.format)[0] for each in x]
+        for images, targets, weight in super().batches(indices, world=world):
             # What stands for an unreadable image has labels without a dict.
-            maps = [each["label_map"] if isinstance(each, dict) else each for each in y]
-            yield images, [{"label_map": each.to(self.device).long()} for each in maps], weight
+            maps = [each["label_map"] if isinstance(each, dict) else each for each in targets]
+            images = [each[None].to(memory_format=self.format)[0] for each in images]
+            yield images, [{"label_map": each.long()} for each in maps], weight
 
     def image(self, index: int) -> Image.Image:
         return self.source.image(index)
 
     def truth(self, index: int) -> dict[str, Tensor]:
         return {"label_map": self.source[index][1][0].long()}
-
-    def name(self, index: int) -> str:
-        return self.source.name(index)
-
-    def close(self) -> None:
-        if self.owns and self.loader is not None:
-            self.loader.close()
-            self.loader, self.workers = None, -1
 
 
 def _format(config: Config) -> torch.memory_format:
@@ -551,13 +505,9 @@ class MaskData(IndexedData):
         transforms = TrainTransform(config, prepared), HeldOutTransform(prepared)
         images = KeyedImages(train, test, *transforms, blank(prepared, train), config.seed)
         super().__init__(config, device, world, images, collate, test_batch=1)
-        self.test_split = LabelMapSplit(
-            *(test, self.class_names, prepared, config, device, self.keys, self.loader),
-            note=lambda bad: self._bad.extend(bad),
-        )
-        most = config.data.max_test_images
-        evenly = most is not None and most < len(test)
-        self.test_indices = (np.arange(most) * len(test) // most).tolist() if evenly else None
+        lent = {"loader": self.loader, "keys": self.keys}
+        self.test_split = LabelMapSplit(images, self.class_names, device, self.format, **lent)
+        self.test_indices = spread(len(test), config.data.max_test_images)
 
     def to_device(self, x: Tensor, y: Tensor) -> Batch:
         x = x.to(self.device, non_blocking=True, memory_format=self.format)
@@ -565,6 +515,9 @@ class MaskData(IndexedData):
 
     def test_batches(self) -> Iterator[tuple[list[Tensor], list[dict[str, Tensor]], Tensor]]:
         return self.test_split.batches(self.test_indices, world=self.world)
+
+    def take_bad(self) -> list[dict[str, Any]]:
+        return super().take_bad() + self.test_split.take_bad()
 
 
 def open_maps(
@@ -592,4 +545,5 @@ def open_maps(
     count, names = _classes(config, class_names)
     prepared = preparation(config)
     source = LabelMaps(pair(*folders, print_warning), config, count, _mode(prepared))
-    return LabelMapSplit(source, names, prepared, config, device)
+    loaded = KeyedImages(None, source, None, HeldOutTransform(prepared), blank(prepared, source), 0)
+    return LabelMapSplit(loaded, names, device, _format(config), workers=config.data.workers)
