@@ -6,7 +6,8 @@
     python benchmarks/bench_train.py --models mpvg_swin_tiny_patch4_window7_224 --schemes mpvg gap --batch 4
     python benchmarks/bench_train.py --table all             every architecture's smallest model, below ten minutes
 
-A step is forward, cross-entropy, backward, AdamW and clearing the gradients, on random images. Providers are our
+A step is forward, cross-entropy, backward, AdamW and clearing the gradients, on random images; a model that gives
+feature maps (the ViT-Adapter) has their mean square error from random ones as its loss. Providers are our
 backends under each of the schemes, and one plain model with global average pooling (GAP) that they are measured
 against:
 
@@ -121,12 +122,25 @@ class Step:
         torch.manual_seed(1)
         size = timm.models.get_model_input_config(self.model)["input_size"]
         self.images = torch.randn(settings.batch, *size).to(settings.device)
-        self.labels = torch.randint(self.model.num_classes, (settings.batch,)).to(settings.device)
+        if self.model.num_classes:
+            self.targets = [torch.randint(self.model.num_classes, (settings.batch,)).to(settings.device)]
+        else:
+            maps = [
+                (info["num_chs"], *(side // info["reduction"] for side in size[1:])) for info in self.model.feature_info
+            ]
+            self.targets = [torch.randn(settings.batch, *shape).to(settings.device) for shape in maps]
+
+    def loss(self) -> torch.Tensor:
+        """Cross-entropy of the batch; of feature maps, their mean square error."""
+        with self.autocast:
+            output = self.run(self.images)
+            if isinstance(output, torch.Tensor):
+                return F.cross_entropy(output, *self.targets)
+            return sum(F.mse_loss(found, target) for found, target in zip(output, self.targets, strict=True))
 
     def backward(self) -> torch.Tensor:
         """Loss of the batch, its gradients in the parameters."""
-        with self.autocast:
-            loss = F.cross_entropy(self.run(self.images), self.labels)
+        loss = self.loss()
         loss.backward()
         return loss.detach()
 
@@ -256,7 +270,8 @@ def _depth(model: nn.Module) -> int:
     return sum(len(stage.blocks) for stage in stages)
 
 
-def _ratio_with_interval(cell: tuple[float | None, Sequence[float] | None]) -> str:
+def ratio_with_interval(cell: tuple[float | None, Sequence[float] | None]) -> str:
+    """A median and its interval in a table's cell."""
     median, interval = cell
     return "-" if median is None else f"{median:.3f} [{interval[0]:.3f}, {interval[1]:.3f}]"
 
@@ -269,8 +284,8 @@ COLUMNS = (
     Column("ms", "ms", 9, number(1)),
     Column("wall_ms", "wall ms", 9, number(1)),
     Column("images_per_s", "img/s", 7, number(2)),
-    Column("plain", "time / plain GAP's", 22, _ratio_with_interval),
-    Column("reference", "time / reference's", 22, _ratio_with_interval),
+    Column("plain", "time / plain GAP's", 22, ratio_with_interval),
+    Column("reference", "time / reference's", 22, ratio_with_interval),
     Column("peak_mb", "peak MB", 8, number(1)),
     Column("recomputed_mb", "recomputed", 10, number(1)),
     Column("parameters", "parameters", 10, "{:,}".format),

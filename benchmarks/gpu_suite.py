@@ -173,7 +173,7 @@ def tests(suite: Suite) -> str:
     if not suite.has("pytest"):
         raise Skipped("pytest is not installed")
     files = [f"tests/test_{name}.py" for name in TEST_FILES]
-    chosen = ["-k", "(triton or cuda) and not sanitizer", "-p", "no:cacheprovider", "-q"]
+    chosen = ["-k", "(triton or cuda or test_gpu) and not sanitizer", "-p", "no:cacheprovider", "-q"]
     listed = suite.python("-m", "pytest", *files, *chosen, "--collect-only")
     ids = [line for line in listed.splitlines() if "::" in line and line.startswith("tests/")]
     if not ids:
@@ -318,8 +318,11 @@ def train(suite: Suite) -> str:
         ]
 
     suite.each(timed("eager", ""))
-    # Compiling takes minutes, so it comes last.
-    _fill_compile_caches(suite, [command(model, "--engines", "compile", "--rounds", "1") for model in MODELS])
+    # Compiling takes minutes, so it comes last, each model of each provider in a process of its own.
+    once = ("--engines", "compile", "--rounds", "1", "--providers")
+    _fill_compile_caches(
+        suite, [command(model, *once, name) for model in MODELS for name in ("timm", "reference", *_kernels(suite))]
+    )
     suite.each(timed("compile", "-compiled"))
     return f"training steps of {', '.join(f'{model} (batch {batch})' for model, batch in MODELS.items())}"
 
@@ -332,12 +335,53 @@ def digits(suite: Suite) -> str:
     folder = suite.out / "digits"
     if folder.exists():
         shutil.rmtree(folder)
-    suite.python("-m", "mpvg_kernels", "train", "--recipe", "digits", "--out", folder, "--device", "cuda")
+    train = ("-m", "mpvg_kernels", "train", "--recipe", "digits", "--device", "cuda", "--out")
+    suite.python(*train, folder)
     rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     epochs = [row for row in rows if row["kind"] == "epoch"]
     result = {"test_acc": epochs[-1]["test_acc"], "img_s": sum(row["img_s"] for row in epochs) / len(epochs)}
     (suite.out / "digits.json").write_text(json.dumps(result, indent=1) + "\n")
-    return f"accuracy {result['test_acc']:.2f} % on the held-out images, {result['img_s']:.0f} img/s"
+    # A run that goes on from a checkpoint in the middle of an epoch, beside the one that it is of.
+    whole, resumed = folder / "whole", folder / "resumed"
+    short = ("--epochs", "3", "--sched.warmup_epochs", "1", "--deterministic", "True", "--checkpoint.interval", "30")
+    short += ("--optim.ema_decay", "0.9")
+    suite.python(*train, whole, *short, "--checkpoint.keep", "9")
+    suite.python(*train, resumed, *short, "--resume", whole / "checkpoints" / "step-00000030")
+    weights = [f"{name}/model.safetensors" for name in ("last", "ema")]
+    if other := [name for name in weights if (whole / name).read_bytes() != (resumed / name).read_bytes()]:
+        raise Failed(f"a resumed run has other bits than the whole one in {' and '.join(other)}")
+    note = f"accuracy {result['test_acc']:.2f} % on the held-out images, {result['img_s']:.0f} img/s"
+    return f"{note}; a resumed run has the bits of the whole one"
+
+
+def commands(suite: Suite) -> str:
+    """What `mpvg` does with a finished run: eval, predict and export find on the GPU what the run found itself."""
+    run = suite.out / "digits"
+    if not (run / "log.jsonl").exists():
+        raise Skipped("there is no run: the stage `digits` makes it")
+    mpvg, found = ("-m", "mpvg_kernels"), suite.out / "commands"
+    found.mkdir(exist_ok=True)
+    suite.python(*mpvg, "eval", run, "--device", "cuda", "--json", found / "eval.json")
+    accuracy = json.loads((found / "eval.json").read_text())["acc"]
+    if abs(accuracy - json.loads((suite.out / "digits.json").read_text())["test_acc"]) > 0.01:
+        raise Failed(f"mpvg eval finds an accuracy of {accuracy:.2f} %, which the run did not")
+    pictures = ROOT / "docs" / "samples"
+    for device in ("cuda", "cpu"):
+        to = found / f"predict-{device}.csv"
+        suite.python(*mpvg, "predict", run, pictures, "--device", device, "--top", "1", "--format", "csv", "--out", to)
+    on_gpu, on_cpu = (_probabilities(found / f"predict-{device}.csv") for device in ("cuda", "cpu"))
+    if on_gpu.keys() != on_cpu.keys() or any(abs(on_gpu[name] - on_cpu[name]) > 0.02 for name in on_cpu):
+        raise Failed("mpvg predict finds other probabilities on the GPU than on the CPU; see commands/")
+    # The command itself compares what it wrote with the model, here and in a fresh process.
+    target = ("--format", "aot", "--device", "cuda", "--out", found / "digits.pt2", "--json", found / "export.json")
+    suite.python(*mpvg, "export", run, *target)
+    return f"eval {accuracy:.2f} %; predict on {len(on_gpu)} pictures; export to an AOTInductor package"
+
+
+def _probabilities(path: Path) -> dict[str, float]:
+    """Of each picture in a CSV of `mpvg predict --top 1`, by its path."""
+    with path.open() as file:
+        return {row["file"]: float(row["probability_1"]) for row in csv.DictReader(file)}
 
 
 NCU_METRICS = {
@@ -354,6 +398,7 @@ NCU_UNITS |= {
     "Tbyte/second": 1e3,
     "Mbyte/s": 1e-3,
     "byte/second": 1e-9,
+    "byte/s": 1e-9,
 }
 
 
@@ -403,7 +448,8 @@ STAGES = {
     "tests": Stage(tests, 240),
     "operators": Stage(operators, 210),
     "train": Stage(train, 240),
-    "digits": Stage(digits, 60),
+    "digits": Stage(digits, 90),
+    "commands": Stage(commands, 120),
     "overhead": Stage(overhead, 60),
     "memory": Stage(memory, 60),
     "sanitizer": Stage(sanitizer, 120),

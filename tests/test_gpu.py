@@ -22,6 +22,7 @@ import mpvg_kernels as mk
 from mpvg_kernels import backends
 from mpvg_kernels.analysis.diagnostics import pos_statistics
 from mpvg_kernels.analysis.summary import summarise
+from mpvg_kernels.models.deformable_attention import DeformableAttention, reference_points
 
 pytestmark = [
     pytest.mark.gpu,
@@ -342,3 +343,71 @@ def test_analysis_finds_what_it_finds_on_the_cpu():
     assert cpu_shape == gpu_shape
     for a, b in zip(on_cpu, on_gpu, strict=True):
         assert a == b if isinstance(a, str | None) else b == pytest.approx(a, rel=1e-2, abs=1e-3), (a, b)
+
+
+def distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Relative: ||a - b|| / ||b||."""
+    return ((a.double() - b.double()).norm() / b.double().norm()).item()
+
+
+def adapter_step(backend: str, dtype: torch.dtype, device: str = "cuda") -> dict[str, torch.Tensor]:
+    """The four maps of a small ViT-Adapter and the gradients of all its parameters, dtype bf16 under autocast."""
+    torch.manual_seed(0)
+    sizes = dict(img_size=64, embed_dim=48, depth=4, num_heads=3, deform_num_heads=3, conv_inplane=16, init_values=0.5)
+    sizes |= dict(window_size=3, global_layers=(1,), interaction_indexes=((0, 1), (2, 3)), drop_path_rate=0.2)
+    model = timm.create_model("mpvg_vit_adapter_tiny", scheme="mpvg", features_only=True, **sizes)
+    for parameter in model.parameters():  # so that each matters: none is zero or one
+        parameter.data.add_(torch.randn(parameter.shape) * 0.05)
+    model.to(device).train()
+    for module in model.modules():  # behind a BatchNorm in training biases have no gradient but rounding
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.eval()
+    image, weights = torch.randn(2, 3, 64, 96), [torch.randn(2, 48, 64 // s, 96 // s) for s in (4, 8, 16, 32)]
+    with mk.use_backend(backend), torch.autocast(device, BF16, enabled=dtype == BF16):
+        maps = model(image.to(device))
+    sum((m.float() * w.to(device)).sum() for m, w in zip(maps, weights, strict=True)).backward()
+    found = {f"map {i}": m.detach() for i, m in enumerate(maps)}
+    return found | {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+def test_adapter(backend):
+    """ViT-Adapter in fp32: its maps and each parameter's gradient are those of the plain formula."""
+    found, expected = adapter_step(backend, F32), adapter_step("reference", F32)
+    assert found.keys() == expected.keys()
+    wrong = {name: distance(found[name], expected[name]) for name in found}
+    assert not {name: off for name, off in wrong.items() if not off <= 1e-3}
+
+
+def test_adapter_under_autocast(backend):
+    """In bf16: no farther from fp32 than the plain formula in bf16, each map, and all gradients together."""
+    exact, plain, found = (adapter_step(*args) for args in (("reference", F32), ("reference", BF16), (backend, BF16)))
+    results = []
+    for step in (exact, plain, found):
+        maps = {name: step.pop(name) for name in list(step) if name.startswith("map")}
+        results.append(maps | {"gradients": torch.cat([g.flatten() for g in step.values()])})
+    for name, right in results[0].items():
+        allowed = 1.25 * distance(results[1][name], right) + torch.finfo(BF16).eps
+        assert distance(results[2][name], right) <= allowed, name
+
+
+@pytest.mark.parametrize("grids", ([(12, 16)], [(24, 32), (12, 16), (6, 8)]), ids=("extractor", "injector"))
+def test_deformable_attention_is_the_cpus(grids):
+    """Output and gradients; some points lie outside of the maps.
+
+    In fp64: where a point comes to lie on the other side of a pixel's centre its gradient is another.
+    """
+    torch.manual_seed(0)
+    attn, queries = DeformableAttention(48, len(grids), num_heads=3).double(), [(12, 16), (6, 8)]
+    torch.nn.init.normal_(attn.sampling_offsets.weight)
+    torch.nn.init.normal_(attn.attention_weights.weight)
+    points = reference_points(queries)
+    sizes = len(points), sum(rows * columns for rows, columns in grids)
+    inputs, grad, found = [torch.randn(2, n, 48).double() for n in sizes], torch.randn(2, len(points), 48).double(), []
+    for device in ("cpu", "cuda"):
+        attn.to(device).zero_grad()
+        query, features = (v.detach().to(device).requires_grad_() for v in inputs)
+        out = attn(query, points.to(device), features, grids)
+        out.backward(grad.to(device))
+        found.append([out, query.grad, features.grad, *(p.grad.clone() for p in attn.parameters())])
+    for on_cpu, on_gpu in zip(*found, strict=True):
+        assert distance(on_gpu.cpu(), on_cpu) <= 1e-5

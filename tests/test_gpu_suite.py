@@ -185,19 +185,61 @@ def test_wheels_are_installed_out_of_the_way(suite, tmp_path, monkeypatch):
     assert str(gpu_suite.WHEELS) in Suite(tmp_path, FACTS, tmp_path, 1).env["PYTHONPATH"]
 
 
-def test_digits_reads_the_accuracy_from_the_log(suite, monkeypatch):
-    def trained(*command, **kwargs):
-        folder = Path(command[command.index("--out") + 1])
-        folder.mkdir()
-        rows = [{"kind": "train"}, *({"kind": "epoch", "test_acc": acc, "img_s": 100} for acc in (50.0, 98.125))]
-        (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+class MadeUpRuns:
+    """In the place of Suite.python: run folders and files as the commands write them, with these weights and figures."""
 
-    monkeypatch.setattr(suite, "python", trained)
+    def __init__(self, resumed_weights: bytes = b"1", accuracy: float = 98.125, on_gpu: str = "0.51"):
+        self.commands: list[list[str]] = []
+        self.resumed_weights, self.accuracy, self.on_gpu = resumed_weights, accuracy, on_gpu
+
+    def __call__(self, *command, **kwargs) -> str:
+        self.commands.append([str(word) for word in command])
+        option = {a: Path(b) for a, b in zip(command, command[1:], strict=False) if str(a).startswith("--")}
+        if "train" in command:
+            folder = option["--out"]
+            rows = [{"kind": "train"}, *({"kind": "epoch", "test_acc": acc, "img_s": 100} for acc in (50.0, 98.125))]
+            for name in ("last", "ema"):
+                (folder / name).mkdir(parents=True)
+                weights = self.resumed_weights if "--resume" in option and name == "ema" else b"1"
+                (folder / name / "model.safetensors").write_bytes(weights)
+            (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        elif "eval" in command:
+            option["--json"].write_text(json.dumps({"acc": self.accuracy}))
+        elif "predict" in command:
+            probability = self.on_gpu if "cuda" in command else "0.50"
+            option["--out"].write_text(f"file,class_1,probability_1,error\na.png,3,{probability},\n")
+        return ""
+
+
+def test_digits_reads_the_accuracy_and_resumes(suite, monkeypatch):
     monkeypatch.setattr(suite, "has", lambda module: True)
-    assert gpu_suite.digits(suite) == "accuracy 98.12 % on the held-out images, 100 img/s"
+    monkeypatch.setattr(suite, "python", runs := MadeUpRuns())
+    note = "accuracy 98.12 % on the held-out images, 100 img/s; a resumed run has the bits of the whole one"
+    assert gpu_suite.digits(suite) == note
+    assert runs.commands[2][-1].endswith("digits/whole/checkpoints/step-00000030")
+    monkeypatch.setattr(suite, "python", MadeUpRuns(resumed_weights=b"2"))
+    with pytest.raises(Failed, match="other bits than the whole one in ema/model.safetensors"):
+        gpu_suite.digits(suite)
     monkeypatch.setattr(suite, "has", lambda module: module != "tyro")
     with pytest.raises(Skipped, match="tyro not installed"):
         gpu_suite.digits(suite)
+
+
+def test_commands_on_the_run_of_digits(suite, monkeypatch):
+    with pytest.raises(Skipped, match="there is no run"):
+        gpu_suite.commands(suite)
+    monkeypatch.setattr(suite, "has", lambda module: True)
+    monkeypatch.setattr(suite, "python", runs := MadeUpRuns())
+    gpu_suite.digits(suite)
+    note = "eval 98.12 %; predict on 1 pictures; export to an AOTInductor package"
+    assert gpu_suite.commands(suite) == note
+    assert [command[2] for command in runs.commands[3:]] == ["eval", "predict", "predict", "export"]
+    monkeypatch.setattr(suite, "python", MadeUpRuns(accuracy=98.0))
+    with pytest.raises(Failed, match="an accuracy of 98.00 %, which the run did not"):
+        gpu_suite.commands(suite)
+    monkeypatch.setattr(suite, "python", MadeUpRuns(on_gpu="0.53"))
+    with pytest.raises(Failed, match="other probabilities on the GPU"):
+        gpu_suite.commands(suite)
 
 
 # ---- results

@@ -1,5 +1,6 @@
 """Scenes of shapes that are made here: what is in them, the folder that they are kept in, and the recipes on them."""
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -44,8 +45,8 @@ def written(tmp_path_factory):
 @pytest.mark.parametrize(
     "part, expected",
     [
-        ("image", "482b23ae785ef1c5"),
-        ("label_map", "0bdeaf374fcb743f"),
+        ("image", "3d77599f3033a821"),
+        ("label_map", "6e77fe040121d1b2"),
     ],
 )
 def test_scenes_are_the_same_everywhere(part, expected):
@@ -64,7 +65,9 @@ def test_objects_do_not_overlap_and_show():
 
 def test_masks_are_what_is_seen(monkeypatch):
     """Inside of its mask an object's colour changes evenly from edge to edge; outside of all masks is background."""
-    monkeypatch.setattr(shapes, "_background", lambda random, *columns: np.full((shapes.SIDE, shapes.SIDE, 3), 255, np.uint8))
+    monkeypatch.setattr(
+        shapes, "_background", lambda random, *columns: np.full((shapes.SIDE, shapes.SIDE, 3), 255, np.uint8)
+    )
     y, x = np.mgrid[: shapes.SIDE, : shapes.SIDE]
     places = np.stack([np.ones_like(x), x, y], -1)
     hidden = 0

@@ -16,8 +16,8 @@ from mpvg_kernels.train.smoke import cuts, smoke
 
 pytestmark = pytest.mark.xdist_group(__name__)
 CUT = """epochs batch data.workers data.epoch_updates data.max_test_images optim.lr optim.lr_base_batch sched.per
-sched.warmup_epochs sched.warmup_updates sched.warmup_prefix sched.warmup_lr sched.min_lr sched.scale_with_batch sched.cooldown_epochs
-log.interval log.pos_interval""".split()
+sched.warmup_epochs sched.warmup_updates sched.warmup_prefix sched.warmup_lr sched.min_lr sched.scale_with_batch
+sched.cooldown_epochs log.interval log.pos_interval""".split()
 
 
 @pytest.fixture(scope="module")

@@ -122,7 +122,8 @@ class DeformableAttention(nn.Module):
         maps = [part.unflatten(-1, grid) for part, grid in zip(value.split(sizes, -1), grids, strict=True)]
         offsets = self.sampling_offsets(query).unflatten(-1, (heads, levels, count, 2))
         # In fp32: at 16 bits a position in a map of more than some hundred pixels is off by a pixel.
-        scale = torch.tensor([[columns, rows] for rows, columns in grids], device=query.device, dtype=torch.float32)
+        scale = torch.tensor([[columns, rows] for rows, columns in grids], dtype=torch.float32)
+        scale = scale.to(query.device, non_blocking=True)  # else the host waits for the GPU in every call
         locations = points[:, None, None, None] + offsets.float() / scale[:, None]
         weights = self.attention_weights(query).unflatten(-1, (heads, levels * count)).softmax(-1)
         return self.output_proj(sample_levels(maps, locations, weights.unflatten(-1, (levels, count))))

@@ -477,7 +477,11 @@ class Config:
         optional("optim.clip_grad", lambda v: v > 0, "more than 0")
         optional("optim.ema_decay", lambda v: 0 <= v < 1, "0 or more and less than 1")
         need(self.optim.max_skipped >= 0, "optim.max_skipped", "0 or more")
-        need(0 <= self.sched.warmup_epochs < self.epochs, "sched.warmup_epochs", f"0 to below epochs = {self.epochs}")
+        need(
+            0 <= self.sched.warmup_epochs < self.epochs or self.sched.warmup_updates is not None,
+            "sched.warmup_epochs",
+            f"0 to below epochs = {self.epochs}",
+        )
         need(
             self.sched.per == "update" or float(self.sched.warmup_epochs).is_integer(),
             "sched.warmup_epochs",

@@ -1,13 +1,13 @@
-"""What the data of dense tasks share: images of any sizes in lists, and a split whose images worker processes load."""
+"""What the data of dense tasks share: splits that are evaluated, lists of images of any sizes, worker processes."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from ..distributed import World
-from ..tasks.dense import DenseSplit
 from .evaluation import IMAGES_PER_WORKER, cpus
 from .images import KeyedImages, KeyLists, Loader, Sample
 
@@ -38,6 +38,59 @@ def collate_lists(samples: list[Sample]) -> tuple[list[Tensor], list[Any], Tenso
     """Samples as lists of images and of targets, their weights, and their unreadable images in one list."""
     x, y, weight, bad = zip(*samples, strict=True)
     return list(x), list(y), torch.tensor(weight), [one for each in bad for one in each]
+
+
+class DenseSplit:
+    """The images of a split with what is in them, prepared as the model needs them, not augmented.
+
+    Attributes:
+        size: how many there are.
+        num_classes: classes, without background and what is ignored.
+        class_names: their names in the order of the labels from 0, or None where nothing names them.
+        bad: {"file", "reason"} of each image that could not be read so far.
+    """
+
+    size: int
+    num_classes: int
+    class_names: list[str] | None
+    bad: list[dict[str, str]]
+
+    def batches(
+        self,
+        indices: Sequence[int] | None = None,
+        *,
+        world: World = World(),  # noqa: B008, it is frozen
+    ) -> Iterator[tuple[list[Tensor], list[Any], Tensor]]:
+        """The images in order, or those of `indices` in theirs, an image at a time: a list of one normalised image
+        (C, H, W) on the device, a list of its target, and weight (1,) fp32, 0 for an image that can't be read or only
+        pads: with several `world` processes, each gets every world.size-th, and all get as many batches.
+
+        A later call ends the iterator.
+        """
+        raise NotImplementedError
+
+    def image(self, index: int) -> Image.Image:
+        """An image as it is in its file, in RGB.
+
+        Raises:
+            UnreadableImage: it can't be read.
+        """
+        raise NotImplementedError
+
+    def truth(self, index: int) -> dict[str, Tensor]:
+        """What is in an image, as `DenseTask.predict` tells what is found, without scores; on the CPU.
+
+        Raises:
+            UnreadableImage: the image or its annotation can't be read.
+        """
+        raise NotImplementedError
+
+    def name(self, index: int) -> str:
+        """The image's file."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Stop the processes that load images."""
 
 
 class LoadedSplit(DenseSplit):

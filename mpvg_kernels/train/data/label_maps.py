@@ -29,8 +29,8 @@ from .. import InputError, near_matches
 from ..config import Config
 from ..distributed import World
 from ..run_folder import print_warning
-from ..tasks.dense import DenseSplit
 from .base import Batch
+from .dense import DenseSplit
 from .evaluation import IMAGES_PER_WORKER, cpus
 from .evaluation import SPLITS as SPLIT_FIELDS
 from .images import IndexedData, KeyedImages, KeyLists, Loader, Sample, UnreadableImage, decode

@@ -10,7 +10,7 @@ The layout is COCO's beside that of label maps, so that both tasks read the same
     classes.txt                                their names in this order
     shapes.json                                what wrote it
 
-A scene has one to five shapes of five kinds, of any colour, size and rotation, which hide parts of each other. The
+A scene has up to eight shapes of five kinds, of any colour, size and rotation, which hide parts of each other. The
 photographs are the two that scikit-learn ships; scenes for training and held-out ones have different parts of them. A
 scene is a function of its split and number alone: the same on every machine, whatever the run's seed is.
 """
@@ -36,8 +36,8 @@ SIZES = {"train": 800, "val": 200}
 CLASSES = ("circle", "square", "triangle", "cross", "ring")
 # Columns of the photographs, which are 640 wide.
 COLUMNS = {"train": (0, 384), "val": (384, 640)}
-MOST = 5
-RADII = (9.0, 24.0)
+LEAST, MOST = 3, 8
+RADII = (8.0, 18.0)
 # An object is drawn if at least so much of it shows, and so many pixels.
 LEAST_SHARE, LEAST_PIXELS = 0.4, 60
 
@@ -121,7 +121,7 @@ def draw(split: str, index: int) -> Scene:
     y, x = np.mgrid[:SIDE, :SIDE] + 0.5
     labels, masks = [], []
     # From front to back: what lies behind gets the pixels that are free, and is left out if they are too few.
-    for _ in range(random.randint(1, MOST + 1)):
+    for _ in range(random.randint(LEAST, MOST + 1)):
         label, radius, angle = random.randint(len(CLASSES)) + 1, random.uniform(*RADII), random.uniform(0, 2 * np.pi)
         centre_x, centre_y = random.uniform(radius, SIDE - radius, 2)
         colour, shade = random.uniform(0, 255, 3), random.uniform(-0.4, 0.4)

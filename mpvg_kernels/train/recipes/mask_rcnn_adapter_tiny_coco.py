@@ -38,7 +38,7 @@ config = Config(
     data=Data(name="coco", workers=8),
     aug=Aug(hflip=0.5),
     optim=Optim(name="adamw", lr=1e-4, weight_decay=0.05, betas=(0.9, 0.999)),
-    sched=Sched(name="step", decay_at=(27, 33), decay_rate=0.1, warmup_updates=500, warmup_lr=1e-7, warmup_epochs=0),
+    sched=Sched(name="step", decay_at=(27, 33), decay_rate=0.1, warmup_updates=500, warmup_lr=1e-7),
     detection=Detection(
         short_sides=tuple(range(480, 801, 32)),
         max_side=1333,

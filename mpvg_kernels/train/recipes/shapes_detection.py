@@ -1,6 +1,6 @@
 """shapes_detection: a small ViT-Adapter with Mask R-CNN on scenes of coloured shapes, which are made at the first start.
 
-    mpvg train --recipe shapes_detection
+mpvg train --recipe shapes_detection
 """
 
 from ..config import Adapter, Config, Data, Detection, Model, Optim, Sched

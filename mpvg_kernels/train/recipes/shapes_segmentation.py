@@ -1,6 +1,6 @@
 """shapes_segmentation: a small ViT-Adapter with UperNet on scenes of coloured shapes, which are made at the first start.
 
-    mpvg train --recipe shapes_segmentation
+mpvg train --recipe shapes_segmentation
 """
 
 from ..config import Adapter, Config, Data, Model, Optim, Sched, Segmentation

@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
 from ... import backends
@@ -100,18 +99,24 @@ class Task:
 
     def flops(self, model: nn.Module, data: Data, device: torch.device) -> int:
         """Floating-point operations of one image's forward pass (matrix products and convolutions)."""
-        return count_flops(self.features(model.eval()), torch.zeros(1, *data.input_size, device=device))
+        x = torch.zeros(1, *data.input_size, device=device)
+        return count_flops(model, lambda: self.features(model.eval())(x))
 
     def autocast(self, device: torch.device) -> torch.autocast:
         """The context in which `config.amp` is in effect."""
         return autocast(self.config.amp, device)
 
 
-@torch.no_grad()
-def count_flops(model: nn.Module, x: Tensor) -> int:
-    """Floating-point operations of a forward pass (matrix products and convolutions)."""
-    # Detached, as torch's counter fails at a module that gets a view of a parameter while there are no gradients.
-    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    with FlopCounterMode(display=False) as counter, backends.use_backend("reference"):
-        functional_call(model, weights, x)
+def count_flops(model: nn.Module, call: Callable[[], Any]) -> int:
+    """Floating-point operations of what `call` does with the model (matrix products and convolutions)."""
+    # torch's counter fails at a module that gets a view of a trainable parameter while there are no gradients.
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        with FlopCounterMode(display=False) as counter, backends.use_backend("reference"):
+            call()
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
     return counter.get_total_flops()

@@ -1,6 +1,6 @@
 """What detection and segmentation share: splits that are evaluated image by image, and predictions on image files."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,61 +9,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ..data import Data
+from ..data.dense import DenseSplit
 from ..distributed import World
 from .base import Task
-
-
-class DenseSplit:
-    """The images of a split with what is in them, prepared as the model needs them, not augmented.
-
-    Attributes:
-        size: how many there are.
-        num_classes: classes, without background and what is ignored.
-        class_names: their names in the order of the labels from 0, or None where nothing names them.
-        bad: {"file", "reason"} of each image that could not be read so far.
-    """
-
-    size: int
-    num_classes: int
-    class_names: list[str] | None
-    bad: list[dict[str, str]]
-
-    def batches(
-        self,
-        indices: Sequence[int] | None = None,
-        *,
-        world: World = World(),  # noqa: B008, it is frozen
-    ) -> Iterator[tuple[list[Tensor], list[Any], Tensor]]:
-        """The images in order, or those of `indices` in theirs, an image at a time: a list of one normalised image
-        (C, H, W) on the device, a list of its target, and weight (1,) fp32, 0 for an image that can't be read or only
-        pads: with several `world` processes, each gets every world.size-th, and all get as many batches.
-
-        A later call ends the iterator.
-        """
-        raise NotImplementedError
-
-    def image(self, index: int) -> Image.Image:
-        """An image as it is in its file, in RGB.
-
-        Raises:
-            UnreadableImage: it can't be read.
-        """
-        raise NotImplementedError
-
-    def truth(self, index: int) -> dict[str, Tensor]:
-        """What is in an image, as `DenseTask.predict` tells what is found, without scores; on the CPU.
-
-        Raises:
-            UnreadableImage: the image or its annotation can't be read.
-        """
-        raise NotImplementedError
-
-    def name(self, index: int) -> str:
-        """The image's file."""
-        raise NotImplementedError
-
-    def close(self) -> None:
-        """Stop the processes that load images."""
 
 
 class DenseTask(Task):
@@ -104,7 +52,8 @@ class DenseTask(Task):
         """All that is known of a model in eval mode on a split: `figures.evaluated` by key, more figures beside them,
         `images` (how many counted), `per_class` (a dict for each class, "name" first, figures in percent, None where
         there are none), of detection `results` (COCO's results, a list of dicts; empty on all processes but the first)
-        and of segmentation `confusion` ((C, C) int64 on the CPU, pixels by label and by what was found). Called without gradients; every process has to call it and has the same figures.
+        and of segmentation `confusion` ((C, C) int64 on the CPU, pixels by label and by what was found). Called without
+        gradients; every process has to call it and has the same figures.
 
         Raises:
             TrainingError: no image could be read.

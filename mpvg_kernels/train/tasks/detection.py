@@ -12,15 +12,14 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
-from ... import backends
 from .. import InputError, TrainingError, coco_metrics, distributed
 from ..data import Batch, Data
 from ..data.coco import CocoData, CocoSplit, HeldOutTransform, open_coco
 from ..data.images import convert
 from ..distributed import World
 from ..model import create_dense_model
+from .base import count_flops
 from .dense import DenseTask
 
 STRIDE = 32
@@ -109,10 +108,13 @@ class Detection(DenseTask):
     def flops(self, model: nn.Module, data: Data, device: torch.device) -> int:
         """Of the largest evaluated image through backbone, pyramid and RPN; the heads', which differ from image to
         image with the number of proposals, are left out."""
-        with torch.inference_mode(), FlopCounterMode(display=False) as counter, backends.use_backend("reference"):
-            maps = model.eval().features(torch.zeros(1, *data.input_size, device=device))
-            model.rpn.head(list(model.fpn({str(i): x for i, x in enumerate(maps)}).values()))
-        return counter.get_total_flops()
+        x = torch.zeros(1, *data.input_size, device=device)
+
+        def forward() -> None:
+            maps = model.eval().features(x)
+            model.rpn.head(list(model.fpn({str(i): each for i, each in enumerate(maps)}).values()))
+
+        return count_flops(model, forward)
 
 
 def predict(model: nn.Module, image: Image.Image, device: torch.device) -> dict[str, Tensor]:

@@ -126,7 +126,8 @@ class Segmentation(DenseTask):
 
     def flops(self, model: nn.Module, data: Data, device: torch.device) -> int:
         """Of a crop through backbone and decoder; the auxiliary head is left out."""
-        return count_flops(model.eval(), torch.zeros(1, *data.input_size, device=device))
+        x = torch.zeros(1, *data.input_size, device=device)
+        return count_flops(model, lambda: model.eval()(x))
 
 
 def predict(model: nn.Module, image: Image.Image, device: torch.device) -> dict[str, Tensor]:
