@@ -163,6 +163,22 @@ def test_model_compiles_few_times(dynamic, most, train, traced, device):
     assert counter.frame_count <= most
 
 
+def test_inductor_does_not_write_operators_down(traced, device, monkeypatch):
+    """Before PyTorch 2.14 it does, for operators that it does not know, in a time that is exponential in the depth."""
+    from torch._inductor import exc, lowering
+
+    if traced == "reference":
+        pytest.skip("the plain formula has no operators")
+    written = []
+    monkeypatch.setattr(exc.OperatorIssue, "operator_str", lambda target, args, kwargs: written.append(target) or "")
+    for operator in [known for known in lowering.lowerings if "mpvg::" in str(known)]:
+        monkeypatch.delitem(lowering.lowerings, operator)
+    net = Net().to(device)
+    with torch._inductor.config.patch(force_disable_caches=True):
+        grads(torch.compile(net, fullgraph=True), torch.randn(2, 6, 16, device=device))
+    assert not [target for target in written if "mpvg" in str(target)]
+
+
 @pytest.mark.parametrize("mode", ("reduce-overhead", "max-autotune"))
 def test_modes(mode, traced, device):
     if traced == "reference":

@@ -186,7 +186,7 @@ def test_wheels_are_installed_out_of_the_way(suite, tmp_path, monkeypatch):
 
 
 class MadeUpRuns:
-    """In the place of Suite.python: run folders and files as the commands write them, with these weights and figures."""
+    """In the place of Suite.python: files as the commands write them, with these weights and figures."""
 
     def __init__(self, resumed_weights: bytes = b"1", accuracy: float = 98.125, on_gpu: str = "0.51"):
         self.commands: list[list[str]] = []

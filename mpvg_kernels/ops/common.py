@@ -8,12 +8,14 @@ takes no None in place of a `Tensor`.
 Shape suffixes on tensor names: B batch, N tokens, D width, K positions (N less the prefix tokens).
 """
 
+import sys
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._library.utils import get_layout_constraint_tag
 
 KERNEL_BACKENDS = ("cpp", "triton", "cuda")
 
@@ -51,9 +53,28 @@ def define(name: str, schema: str, fake: Callable) -> dict[str, torch._ops.OpOve
     overloads = {}
     for backend in KERNEL_BACKENDS:
         LIBRARY.define(f"{name}_{backend}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
-        torch.library.register_fake(f"mpvg::{name}_{backend}", fake, lib=LIBRARY)
-        overloads[backend] = getattr(torch.ops.mpvg, f"{name}_{backend}").default
+        overload = overloads[backend] = getattr(torch.ops.mpvg, f"{name}_{backend}").default
+        known = _known_to_inductor(overload, fake) if torch.__version__ < (2, 14) else fake
+        torch.library.register_fake(f"mpvg::{name}_{backend}", known, lib=LIBRARY)
     return overloads
+
+
+def _known_to_inductor(operator: torch._ops.OpOverload, fake: Callable) -> Callable:
+    """`fake`, which also says to Inductor, where that is at work, that it has no other code for the operator.
+
+    Inductor finds out by itself too, but before 2.14 it then writes down all that leads to the operator, for a log that
+    is off. That text is some six times as long with every layer, and the pool comes behind all of them: four layers
+    cost 8 s, twelve never end.
+    """
+
+    def run(*args):
+        lowering = sys.modules.get("torch._inductor.lowering")
+        if lowering is not None and operator not in lowering.lowerings:
+            constraint = lowering.tag_to_layout_constraint(get_layout_constraint_tag(operator))
+            lowering.make_fallback(operator, layout_constraint=constraint)
+        return fake(*args)
+
+    return run
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
