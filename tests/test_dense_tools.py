@@ -598,6 +598,17 @@ def test_options_of_dense_models_are_refused_for_classifiers(tmp_path, capsys):
     assert re.search("--images is for detection and segmentation, and .* of classification", capsys.readouterr().err)
 
 
+def test_fields_of_the_config_have_their_effect(detection, tmp_path, capsys):
+    counts = []
+    for threshold in ("0.0", "0.9"):
+        out = tmp_path / threshold
+        assert mpvg("eval", detection, "--detection.score_threshold", threshold, "--out", out) == 0
+        counts.append(len(json.loads((out / "results.json").read_text())))
+    assert counts[0] > counts[1]
+    assert mpvg("eval", detection, "--detection.width", "12", "--out", tmp_path / "other") == 2
+    assert "holds the weights of another model" in capsys.readouterr().err
+
+
 def test_other_classes_without_names(detection, root, tmp_path, capsys):
     """Where the run has no names to compare, the numbers of classes are compared."""
     run = Path(shutil.copytree(detection, tmp_path / "run"))
@@ -609,4 +620,4 @@ def test_other_classes_without_names(detection, root, tmp_path, capsys):
     (tmp_path / "more.json").write_text(json.dumps(content))
     given = ["--images", root / "images" / "val", "--annotations", tmp_path / "more.json"]
     assert mpvg("eval", run, *given) == 2
-    assert f"more.json has 6 classes and the model of {run} 5; expected the same" in capsys.readouterr().err
+    assert f"more.json has 6 classes and the run {run} 5; expected the same" in capsys.readouterr().err

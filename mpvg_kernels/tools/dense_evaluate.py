@@ -12,6 +12,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -75,20 +76,33 @@ def open_run(
     Raises:
         InputError: they are not there, or do not fit each other.
     """
-    model = run.model(weights)
-    if getattr(model, "dense_config", {"task": "classification"})["task"] != config.task:
-        raise InputError(
-            f"config field task is {config.task!r}, and the {weights} weights of {run.path} are of another"
-        )
+    if (own := run.config().task) != config.task:
+        raise InputError(f"config field task is {config.task!r}, expected {own!r}, the task of {run.path}")
     task, names = create_task(config), run.info.get("class_names")
     opened = task.open_split(split, device, images=images, annotations=annotations, class_names=names)
-    if opened.num_classes != model.num_classes:
+    try:
+        classes = _classes(run, weights) or opened.num_classes
+        if opened.num_classes != classes:
+            raise InputError(
+                f"{annotations or config.data.name} has {opened.num_classes} classes and the run {run.path} {classes}; "
+                "expected the same"
+            )
+        prepared = task.preprocessing()
+        data = SimpleNamespace(num_classes=classes, input_size=prepared["input_size"], preprocessing=prepared)
+        model = task.create_model(data, start=False)  # of this config: its thresholds may be others than the run's
+        run.load(weights, model)
+    except InputError:
         opened.close()
-        raise InputError(
-            f"{annotations or config.data.name} has {opened.num_classes} classes and the model of {run.path} "
-            f"{model.num_classes}; expected the same"
-        )
-    return Opened(task, model.to(device), opened)
+        raise
+    return Opened(task, model.to(device).eval(), opened)
+
+
+def _classes(run: RunFolder, weights: str) -> int | None:
+    """The number of classes that the weights' config.json notes; None where it can't be read."""
+    try:
+        return json.loads((run.path / weights / "config.json").read_text())["num_classes"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 @torch.no_grad()

@@ -17,6 +17,14 @@ from .base import Task
 class DenseTask(Task):
     """Detection or segmentation."""
 
+    def preprocessing(self) -> dict[str, Any]:
+        """How the config has images made ready, as the data's `preprocessing` says it.
+
+        Raises:
+            InputError: mean and std are not for one or three channels.
+        """
+        raise NotImplementedError
+
     def open_split(
         self,
         split: str,

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .. import InputError, TrainingError, coco_metrics, distributed
 from ..data import Batch, Data
-from ..data.coco import CocoData, CocoSplit, HeldOutTransform, open_coco
+from ..data.coco import CocoData, CocoSplit, HeldOutTransform, open_coco, prepare
 from ..data.images import convert
 from ..distributed import World
 from ..model import create_dense_model
@@ -52,6 +52,9 @@ class Detection(DenseTask):
             losses = forward(batch.x, targets)
         parts = torch.stack([losses[name].float() for name in self.figures.counters])
         return parts.sum(), parts.detach() * len(batch.x)
+
+    def preprocessing(self) -> dict[str, Any]:
+        return prepare(self.config)
 
     def open_split(
         self,

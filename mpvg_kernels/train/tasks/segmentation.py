@@ -14,7 +14,7 @@ from ...models.upernet import label_map, segmentation_loss
 from .. import InputError, TrainingError, distributed, iou
 from ..data import Batch, Data
 from ..data.images import convert
-from ..data.label_maps import LabelMapSplit, MaskData, held_out_image, open_maps
+from ..data.label_maps import LabelMapSplit, MaskData, held_out_image, open_maps, preparation
 from ..distributed import World
 from ..model import create_dense_model
 from .base import count_flops
@@ -55,6 +55,9 @@ class Segmentation(DenseTask):
         labelled = batch.y != fields.ignore_label
         right = outputs[0].detach().argmax(1) == batch.y  # never where ignored, whose label is no class
         return loss, torch.stack([right.sum(), labelled.sum()])
+
+    def preprocessing(self) -> dict[str, Any]:
+        return preparation(self.config)
 
     def open_split(
         self,
