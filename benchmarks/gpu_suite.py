@@ -327,8 +327,15 @@ def train(suite: Suite) -> str:
     return f"training steps of {', '.join(f'{model} (batch {batch})' for model, batch in MODELS.items())}"
 
 
+def adapter(suite: Suite) -> str:
+    """The ViT-Adapter's training step against the plain formula's, and its deformable attention alone."""
+    files = ("--json", suite.out / "adapter.json", *suite.plots("--plot", "adapter.png"))
+    suite.python(BENCHMARKS / "bench_adapter.py", "--device", "cuda", "--batch", "8", "--rounds", "9", *files)
+    return "mpvg_vit_adapter_tiny, 512x512, batch 8"
+
+
 def digits(suite: Suite) -> str:
-    """The digits recipe on the GPU."""
+    """The digits recipe on the GPU, and a run that goes on where it was cut off."""
     missing = [module for module in ("tyro", "sklearn", "matplotlib") if not suite.has(module)]
     if missing:
         raise Skipped(f"{', '.join(missing)} not installed")
@@ -448,6 +455,7 @@ STAGES = {
     "tests": Stage(tests, 240),
     "operators": Stage(operators, 210),
     "train": Stage(train, 240),
+    "adapter": Stage(adapter, 180),
     "digits": Stage(digits, 90),
     "commands": Stage(commands, 120),
     "overhead": Stage(overhead, 60),
@@ -468,7 +476,8 @@ def summary_markdown(suite_facts: dict[str, Any], stages: Sequence[dict[str, Any
     rows = [(s["stage"], s["status"], f"{s['seconds']:.0f}", s["note"]) for s in stages]
     parts.append(_table(("stage", "status", "s", "note"), rows))
     if folder:
-        parts += [_operator_tables(folder), _train_table(folder), _memory_table(folder), _ncu_table(folder)]
+        parts += [_operator_tables(folder), _train_table(folder), _adapter_tables(folder)]
+        parts += [_memory_table(folder), _ncu_table(folder)]
     return "\n".join(filter(None, parts))
 
 
@@ -516,6 +525,33 @@ def _train_table(folder: Path) -> str:
             lines.append((model, row["batch"], row["engine"], row["dtype"], row["provider"], *figures))
     header = ("model", "batch", "engine", "dtype", "provider", "ms", "img/s", "time / timm", "time / reference", "note")
     return f"## Training step\n\n{_table(header, lines)}" if lines else ""
+
+
+def _adapter_tables(folder: Path) -> str:
+    rows = _rows(folder / "adapter.json")
+    steps = [
+        (
+            row["batch"], row["dtype"], row["provider"], _number(row["ms"], 1), _number(row["vs_reference"], 3),
+            _number(row["peak_extra_bytes"] and row["peak_extra_bytes"] / 1e6, 1),
+            _number(row["peak_vs_reference"], 3), row["note"],
+        )
+        for row in rows
+        if row["op"] == "train_step"
+    ]  # fmt: skip
+    header = ("batch", "dtype", "provider", "ms", "time / reference", "peak MB", "peak / reference", "note")
+    parts = [f"## Training step of mpvg_vit_adapter_tiny\n\n{_table(header, steps)}"] if steps else []
+    keys = ("case", "mode", "dtype", "provider")
+    calls = [
+        (
+            *(row[key] for key in keys), _number(row["ms"], 3), _number(row["speedup_eager"], 2, "x"),
+            _number(row["speedup_torchvision"], 2, "x"),
+            _number(row["peak_extra_bytes"] and row["peak_extra_bytes"] / 1e6, 1), row["note"],
+        )
+        for row in rows
+        if row["op"] == "deformable_attention"
+    ]  # fmt: skip
+    header = (*keys, "ms", "over eager", "over torchvision", "peak MB", "note")
+    return "\n".join(parts + ([f"## Deformable attention\n\n{_table(header, calls)}"] if calls else []))
 
 
 def _memory_table(folder: Path) -> str:

@@ -15,6 +15,7 @@ import torch
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
+import bench_adapter  # noqa: E402
 import bench_dual_ln  # noqa: E402
 import bench_eval  # noqa: E402
 import bench_memory  # noqa: E402
@@ -400,6 +401,56 @@ def test_a_heat_map_needs_a_baseline(tmp_path, capsys):
     plots.heatmap(tmp_path / "none.png", [row], "machine")
     assert "nothing was timed beside a baseline" in capsys.readouterr().err
     assert not (tmp_path / "none.png").exists()
+
+
+# ---- the adapter
+
+
+def test_the_adapters_step_and_its_attention(tmp_path, capsys):
+    report, plot, ours = tmp_path / "rows.json", tmp_path / "rows.png", ["reference", *harness.kernel_backends("cpu")]
+    options = ["--quick", "--device", "cpu", "--rounds", "2", "--json", str(report)]
+    assert bench_adapter.main([*options, "--dtypes", "fp32", "--providers", *ours, "--plot", str(plot)]) == 0
+    rows = json.loads(report.read_text())["rows"]
+    assert bench_adapter.main([*options, "--dtypes", "bf16", "--only", "attention"]) == 0
+    rows += json.loads(report.read_text())["rows"]
+    assert all(row["status"] == "ok" and row["ms"] > 0 for row in rows)
+    steps = [row for row in rows if row["op"] == "train_step"]
+    assert [row["provider"] for row in steps] == ours
+    assert all(row["vs_reference"] > 0 and 0.9 < row["peak_vs_reference"] < 1.1 for row in steps)
+    calls = {(row["case"], row["mode"], row["dtype"], row["provider"]): row for row in rows[len(steps) :]}
+    assert len(calls) == 2 * 2 * 2 * 2
+    for (case, _, dtype, provider), row in calls.items():
+        # 64 pixels: 4x4 tokens look at 8x8, 4x4 and 2x2 features, and these at them
+        assert (row["queries"], row["levels"]) == {"injector": (16, 3), "extractor": (84, 1)}[case]
+        assert row["samples"] == row["queries"] * row["levels"] * bench_adapter.POINTS
+        assert row["error"] < {"fp32": 1e-5, "bf16": 5e-2}[dtype]
+        assert (row["speedup_torchvision"] == 1) == (provider == "torchvision")
+    assert plot.read_bytes().startswith(PNG)
+    table = capsys.readouterr().out
+    assert "time / reference's" in table and "x torchvision" in table
+
+
+@pytest.mark.parametrize("what", ("output", "gradient"))
+def test_an_attention_that_differs_is_refused(what, tmp_path, monkeypatch):
+    convolve = bench_adapter.convolve
+
+    def other(attn, case, query, features):
+        out = convolve(attn, case, query, features)
+        return out * 1.001 if what == "output" else out.detach() + 1.05 * (out - out.detach())
+
+    monkeypatch.setattr(bench_adapter, "convolve", other)
+    options = ["--quick", "--device", "cpu", "--only", "attention", "--dtypes", "fp32", "--rounds", "1"]
+    assert bench_adapter.main([*options, "--json", str(tmp_path / "rows.json")]) == 1
+    for row in json.loads((tmp_path / "rows.json").read_text())["rows"]:
+        assert (row["status"] == "wrong") == (row["provider"] == "torchvision")
+        assert row["status"] == "ok" or f"{what} is off by" in row["note"] and row["ms"] is None
+
+
+def test_bad_sizes_of_the_adapter(capsys):
+    with pytest.raises(SystemExit) as stop:
+        bench_adapter.main(["--img-size", "500", "--device", "cpu"])
+    assert stop.value.code == 2
+    assert "--img-size is 500: expected a multiple of 32" in capsys.readouterr().err
 
 
 # ---- the trainer

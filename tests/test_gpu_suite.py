@@ -152,7 +152,7 @@ def test_at_once_keeps_errors_apart(suite):
 
 
 @no_gpu
-@pytest.mark.parametrize("name", ("operators", "grid", "overhead", "memory", "train"))
+@pytest.mark.parametrize("name", ("operators", "grid", "overhead", "memory", "train", "adapter"))
 def test_the_benchmarks_take_the_stages_options(name, suite, monkeypatch, capsys):
     """Each command line is understood by its script, which then misses the GPU and nothing else."""
     import importlib
@@ -283,10 +283,13 @@ def test_ncu_rows():
         backend="triton", kernel="forward_kernel", gbps=2500.0, percent_of_peak=74.6, us=pytest.approx(61.2)
     )
     assert second == dict(backend="triton", kernel="pool_kernel", us=12.5)
+    newer, _ = gpu_suite.ncu_rows(NCU.replace('"Tbyte/s","2.5"', '"byte/s","2,500,000,000,000"'), "triton")
+    assert newer == first
     assert gpu_suite.ncu_rows("==ERROR== no kernels", "cuda") == []
 
 
 def test_summary_has_a_table_for_each_result(tmp_path):
+    import bench_adapter
     import bench_dual_ln
     import bench_train
 
@@ -294,10 +297,15 @@ def test_summary_has_a_table_for_each_result(tmp_path):
     bench_dual_ln.main([*small, "--sizes", "2x3x16", "--providers", "eager", "--json", str(tmp_path / "dual_ln.json")])
     model = ["--img-size", "32", "--depth", "2", "--batch", "2", "--providers", "timm"]
     bench_train.main([*small, *model, "--json", str(tmp_path / "train-deit_tiny.json")])
+    bench_adapter.main(
+        [*small, "--dtypes", "fp32", "--providers", "reference", "--json", str(tmp_path / "adapter.json")]
+    )
     (tmp_path / "ncu.json").write_text(json.dumps({"rows": gpu_suite.ncu_rows(NCU, "triton")}))
     stages = [{"stage": "operators", "status": "ok", "seconds": 1.0, "note": "n"}]
     text = gpu_suite.summary_markdown(FACTS, stages, tmp_path)
     assert "# GPU suite on Made-up GPU" in text and "| operators | ok | 1 | n |" in text
     assert "## dual_ln" in text and "| fwd | x+f | 2 | 3 | 16 | fp32 | eager |" in text
     assert "## Training step" in text and "| deit_tiny | 2 | eager | bf16 | timm |" in text
+    assert "## Training step of mpvg_vit_adapter_tiny" in text and "| 1 | fp32 | reference |" in text
+    assert "## Deformable attention" in text and "| injector | fwd_bwd | fp32 | torchvision |" in text
     assert "| triton | forward_kernel | 61.2 | 2500.0 | 74.6 |" in text
