@@ -3,10 +3,7 @@
 import dataclasses
 import hashlib
 import json
-import os
 import shutil
-import subprocess
-import sys
 import threading
 
 import numpy as np
@@ -15,7 +12,7 @@ import torch
 from PIL import Image
 from pycocotools.coco import COCO
 
-from mpvg_kernels.train import InputError, config, loop, metrics, recipes
+from mpvg_kernels.train import InputError, config, loop, recipes
 from mpvg_kernels.train.data import shapes
 
 SIZES = {"train": 6, "val": 4}
@@ -232,8 +229,7 @@ def test_a_folder_that_can_not_be_made(tmp_path, few):
 
 # ---- the recipes
 
-# The least that every seed reached, with a margin; see the recipes' docstrings.
-STATED = {"shapes_detection": {"box_ap": 0.0, "mask_ap": 0.0}, "shapes_segmentation": {"miou": 0.0}}
+RECIPES = ("shapes_detection", "shapes_segmentation")
 
 
 @pytest.fixture
@@ -244,7 +240,7 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("name", STATED)
+@pytest.mark.parametrize("name", RECIPES)
 def test_recipes_learn(written, one_thread, name):
     """A few images by heart, within a few updates."""
     recipe = recipes.load(name)
@@ -255,14 +251,3 @@ def test_recipes_learn(written, one_thread, name):
     batches = trainer.data.train_batches(1)
     losses = [float(trainer.update(batches)) for _ in range(40)]
     assert sum(losses[-4:]) < 0.6 * sum(losses[:4])
-
-
-@pytest.mark.exhaustive
-@pytest.mark.parametrize("name", STATED)
-def test_recipes_reach_what_they_state(tmp_path, name):
-    """From the command line, data and all."""
-    command = [sys.executable, "-m", "mpvg_kernels", "train", "--recipe", name, "--out", str(tmp_path / "run")]
-    subprocess.run(command, check=True, env=os.environ | {"XDG_CACHE_HOME": str(tmp_path)})
-    last = metrics.read_log(tmp_path / "run", "epoch")[-1]
-    for key, least in STATED[name].items():
-        assert last[f"test_{key}"] > least
