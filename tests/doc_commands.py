@@ -258,7 +258,11 @@ def shorter(args: list[str]) -> list[str]:
     if args[0] == "study":
         return STUDY.split()
     if args[0] == "bench":
-        few = {"memory": [], "train": ["--rounds", "2", "--dtypes", "fp32", "--schemes", "mpvg", "--batch", "2"]}
+        few = {
+            "memory": [],
+            "adapter": ["--rounds", "1", "--dtypes", "fp32"],
+            "train": ["--rounds", "2", "--dtypes", "fp32", "--schemes", "mpvg", "--batch", "2"],
+        }
         return ["--quick", *few.get(args[1], ["--rounds", "2"])]
     return []
 

@@ -4,6 +4,7 @@ The models are small ones in run folders, as `mpvg train` leaves them; a full-si
 process takes seconds to start, so that one export of each format has it.
 """
 
+import contextlib
 import importlib.util
 import json
 import re
@@ -350,6 +351,17 @@ def test_package(package):
 
 
 @pytest.mark.slow
+def test_a_package_that_crashes_pytorch(tmp_path, monkeypatch):
+    """The crash stays in another process, and is said; a process that ends otherwise is not one."""
+    python, crash = tmp_path / "python", "kill -SEGV $$"
+    monkeypatch.setattr(export.sys, "executable", str(python))
+    for does, crashes in ((crash, True), ("exit 1", False), ("exit 0", False)):
+        python.write_text(f"#!/bin/sh\n{does}\n")
+        python.chmod(0o755)
+        with pytest.raises(RuntimeError, match="crashes when it loads") if crashes else contextlib.nullcontext():
+            export._check_that_it_loads(tmp_path / "m.pt2")
+
+
 @pytest.mark.xdist_group("aot")
 def test_card_of_a_package_runs(package, monkeypatch, capsys):
     run_card(package[0].with_name("m.aot.pt2.md"), package[1], monkeypatch, capsys)

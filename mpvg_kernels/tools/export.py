@@ -18,6 +18,8 @@ import logging
 import operator
 import os
 import shutil
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -152,7 +154,8 @@ def export(
             if format == "safetensors":
                 again = _write_safetensors(model, tmp)
             else:
-                write = {"onnx": functools.partial(_write_onnx, opset=opset), "pt2": _write_pt2, "aot": _write_aot}
+                write = {"onnx": functools.partial(_write_onnx, opset=opset), "pt2": _write_pt2}
+                write["aot"] = functools.partial(_write_aot, device=device)
                 try:
                     with _quiet():
                         program = _trace(model, torch.randn(batch or 2, *input_size, device=device), batch, kernels)
@@ -359,11 +362,24 @@ def _write_pt2(program: torch.export.ExportedProgram, path: Path, about: str) ->
         return torch.export.load(file).module()
 
 
-def _write_aot(program: torch.export.ExportedProgram, path: Path, about: str) -> Forward:
+def _write_aot(program: torch.export.ExportedProgram, path: Path, about: str, device: str) -> Forward:
     options = {"aot_inductor.metadata": {"preprocessing": about}}
     options["cpp.dynamic_threads"] = True  # else what a process of one thread compiles has one wherever it is loaded
     torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=options)
+    if device == "cuda":
+        _check_that_it_loads(path)
     return torch._inductor.aoti_load_package(str(path))
+
+
+def _check_that_it_loads(path: Path) -> None:
+    """Load a package in another process first, as PyTorch 2.11 has been seen to crash there.
+
+    Raises:
+        RuntimeError: that process crashed.
+    """
+    code = "import sys, torch; torch._inductor.aoti_load_package(sys.argv[1])"
+    if subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True).returncode < 0:
+        raise RuntimeError(f"PyTorch {torch.__version__} crashes when it loads the package")
 
 
 def _write_onnx(program: torch.export.ExportedProgram, path: Path, about: str, opset: int | None = None) -> Forward:
