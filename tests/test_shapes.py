@@ -42,8 +42,8 @@ def written(tmp_path_factory):
 @pytest.mark.parametrize(
     "part, expected",
     [
-        ("image", "3d77599f3033a821"),
-        ("label_map", "6e77fe040121d1b2"),
+        ("image", "cd6ca280a2c49716"),
+        ("label_map", "31436d0488b1b068"),
     ],
 )
 def test_scenes_are_the_same_everywhere(part, expected):

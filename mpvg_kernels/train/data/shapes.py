@@ -10,9 +10,10 @@ The layout is COCO's beside that of label maps, so that both tasks read the same
     classes.txt                                their names in this order
     shapes.json                                what wrote it
 
-A scene has up to eight shapes of five kinds, of any colour, size and rotation, which hide parts of each other. The
-photographs are the two that scikit-learn ships; scenes for training and held-out ones have different parts of them. A
-scene is a function of its split and number alone: the same on every machine, whatever the run's seed is.
+A scene has up to eight shapes of five kinds, of any size and rotation, which hide parts of each other. A kind has
+hues of its own, some of which its neighbours have too. The photographs are the two that scikit-learn ships; scenes for
+training and held-out ones have different parts of them. A scene is a function of its split and number alone: the same
+on every machine, whatever the run's seed is.
 """
 
 import functools
@@ -37,7 +38,9 @@ CLASSES = ("circle", "square", "triangle", "cross", "ring")
 # Columns of the photographs, which are 640 wide.
 COLUMNS = {"train": (0, 384), "val": (384, 640)}
 LEAST, MOST = 3, 8
-RADII = (8.0, 18.0)
+RADII = (10.0, 24.0)
+HUE_RANGE = 0.6
+"""Of a kind around its own hue, in distances of these: above a half the ranges overlap."""
 # An object is drawn if at least so much of it shows, and so many pixels.
 LEAST_SHARE, LEAST_PIXELS = 0.4, 60
 
@@ -124,7 +127,8 @@ def draw(split: str, index: int) -> Scene:
     for _ in range(random.randint(LEAST, MOST + 1)):
         label, radius, angle = random.randint(len(CLASSES)) + 1, random.uniform(*RADII), random.uniform(0, 2 * np.pi)
         centre_x, centre_y = random.uniform(radius, SIDE - radius, 2)
-        colour, shade = random.uniform(0, 255, 3), random.uniform(-0.4, 0.4)
+        hue = (label - 1 + random.uniform(-HUE_RANGE, HUE_RANGE)) / len(CLASSES)
+        colour, shade = _colour(hue, *random.uniform(0.5, 1, 2)), random.uniform(-0.4, 0.4)
         u, v = (x - centre_x) / radius, (y - centre_y) / radius
         u, v = u * np.cos(angle) + v * np.sin(angle), v * np.cos(angle) - u * np.sin(angle)
         whole = _inside(CLASSES[label - 1], u, v)
@@ -136,6 +140,12 @@ def draw(split: str, index: int) -> Scene:
         labels.append(label)
         masks.append(mask)
     return Scene(image, labels, np.stack(masks))
+
+
+def _colour(hue: float, saturation: float, value: float) -> np.ndarray:
+    """HSV in 0 to 1 as RGB in 0 to 255."""
+    ramp = abs((6 * hue + np.array([0, 4, 2])) % 6 - 3) - 1
+    return 255 * value * (1 - saturation * (1 - ramp.clip(0, 1)))
 
 
 @functools.cache

@@ -22,7 +22,7 @@ config = Config(
         adapter=Adapter(pretrain_size=96, interactions=2, conv_inplane=16, deform_num_heads=3, deform_ratio=0.5),
     ),
     data=Data(name="shapes", workers=1),
-    optim=Optim(lr=2e-3, weight_decay=0.05),
+    optim=Optim(lr=1e-3, weight_decay=0.05),
     sched=Sched(warmup_epochs=0.25),
     detection=Detection(
         short_sides=(80, 96, 112),

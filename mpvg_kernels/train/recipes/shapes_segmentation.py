@@ -9,9 +9,9 @@ from ..config import Adapter, Config, Data, Model, Optim, Sched, Segmentation
 
 config = Config(
     task="segmentation",
-    epochs=10,
+    epochs=12,
     batch=8,
-    eval_interval=2,
+    eval_interval=3,
     threads=1,
     model=Model(
         name="mpvg_vit_adapter_tiny",
@@ -22,7 +22,7 @@ config = Config(
         adapter=Adapter(pretrain_size=96, interactions=2, conv_inplane=16, deform_num_heads=3, deform_ratio=0.5),
     ),
     data=Data(name="shapes", img_size=(96, 96), workers=1),
-    optim=Optim(lr=3e-3, weight_decay=0.05),
+    optim=Optim(lr=1e-3, weight_decay=0.05),
     sched=Sched(warmup_epochs=0.5),
     segmentation=Segmentation(
         short_side=96,
