@@ -99,6 +99,16 @@ def test_ade20k_names(tmp_path):
     (tmp_path / "classes.txt").write_text("a\na\n")
     with pytest.raises(InputError, match="has the name 'a' twice"):
         class_names(tmp_path)
+    (tmp_path / "classes.txt").write_bytes(b"\xef\xbb\xbfa\nb")  # as Windows writes it
+    assert class_names(tmp_path) == ["a", "b"]
+    (tmp_path / "classes.txt").write_bytes(b"caf\xe9\n")
+    with pytest.raises(InputError, match="classes.txt can't be read .*, expected a class's name on each line"):
+        class_names(tmp_path)
+    (tmp_path / "classes.txt").unlink()
+    for broken in (b"", b"\xff", "\n".join([*rows, "3"]).encode()):
+        (tmp_path / "objectInfo150.txt").write_bytes(broken)
+        with pytest.raises(InputError, match="objectInfo150.txt can't be read, expected ADE20K's table"):
+            class_names(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -182,6 +192,10 @@ def test_kinds_of_label_maps(tmp_path):
     assert read(path).tolist() == [[[0, 1, 2, 3]]]
     grey_png(path, 1, [bytes([0b01010000])], 4)
     assert read(path).tolist() == [[[0, 1, 0, 1]]]
+    for most, values in ((4, bytes([0, 1, 4])), (254, bytes([200, 1, 254])), (1000, b"\0\3\1\x2c\3\xe8")):
+        path.write_bytes(b"P5 3 1 %d\n" % most + values)  # its values are those of the file, though Pillow scales them
+        depth = np.uint8 if most < 256 else ">u2"
+        assert read(path, 1001, ignore_label=65535).tolist() == [[np.frombuffer(values, depth).tolist()]]
 
 
 def test_reduce_zero_label(tmp_path):

@@ -95,19 +95,25 @@ def class_names(root: Path) -> list[str] | None:
     """The classes' names that a data set has beside its images, None where it has none.
 
     Raises:
-        InputError: one comes twice.
+        InputError: it can't be read, or one comes twice.
     """
     own, ade20k = root / "classes.txt", root / "objectInfo150.txt"
     if own.is_file():
-        names = [line.strip() for line in own.read_text(encoding="utf-8").splitlines() if line.strip()]
+        try:
+            names = [line.strip() for line in own.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        except (OSError, ValueError) as error:
+            raise InputError(f"{own} can't be read ({error}), expected a class's name on each line, in UTF-8") from None
         if doubles := [name for i, name in enumerate(names) if name in names[:i]]:
             raise InputError(f"{own} has the name {doubles[0]!r} twice, expected another for each class")
         return names
     if not ade20k.is_file():
         return None
-    head, *rows = (line.split("\t") for line in ade20k.read_text(encoding="utf-8").splitlines() if line.strip())
-    column = next((i for i, title in enumerate(head) if title.strip().lower() == "name"), -1)
-    synonyms = [row[column].strip() for row in rows]
+    try:
+        head, *rows = (line.split("\t") for line in ade20k.read_text(encoding="utf-8").splitlines() if line.strip())
+        column = next((i for i, title in enumerate(head) if title.strip().lower() == "name"), -1)
+        synonyms = [row[column].strip() for row in rows]
+    except (OSError, ValueError, IndexError):
+        raise InputError(f"{ade20k} can't be read, expected ADE20K's table with the classes' names") from None
     first = [name.replace(";", ",").partition(",")[0] for name in synonyms]
     return first if len(set(first)) == len(first) else synonyms
 
@@ -236,9 +242,12 @@ class LabelMaps:
         with unreadable(f"label map {path}: "), Image.open(path) as file:
             if file.mode not in MAP_MODES:
                 raise UnreadableImage(_refusal(path, file.mode))
-            # Pillow stretches grey values of 2 and 4 bits to 8.
-            stretched = {"L;2": 85, "L;4": 17}.get(str(file.tile[0][3]) if file.tile else "", 1)
-            values = np.asarray(file).astype(np.int64) // stretched
+            # Pillow stretches grey values of 2 and 4 bits to 8, and a PGM's from its largest value to 8 or 16 bits.
+            coded = file.tile[0][3] if file.tile else ""
+            most, top = {"L;2": (3, 255), "L;4": (15, 255)}.get(str(coded), (1, 1))
+            if file.format == "PPM" and isinstance(coded, tuple):
+                most, top = coded[1], 255 if file.mode == "L" else 65535
+            values = (np.asarray(file).astype(np.int64) * most + top // 2) // top
         labels = self.meaning[values.clip(0, len(self.meaning) - 1)]
         wrong = (labels < 0) | (values != values.clip(0, len(self.meaning) - 1))
         if wrong.any():
