@@ -384,6 +384,20 @@ def test_bad_files(tmp_path, capsys):
         list(MaskData(strict, CPU).train_batches(1))
 
 
+@pytest.mark.parametrize(("values", "said"), [((0, 255), "no class but 0"), ((255,), "no class"), ((0, 1), None)])
+def test_masks_of_0_and_255_are_warned_of(tmp_path, capsys, values, said):
+    """All of the object would be ignored, and a model that finds none has an IoU of 100 %."""
+    make(tmp_path, 4, 2)
+    for file in (tmp_path / "masks" / "train").iterdir():
+        labels = np.asarray(Image.open(file))
+        Image.fromarray(np.array(values, np.uint8)[(labels > 1) % len(values)]).save(file)
+    (tmp_path / "masks" / "train" / "03.png").write_bytes(b"")  # which is no matter of this look
+    MaskData(config(tmp_path), CPU)
+    text = f"mpvg: warning: 4 label maps in {tmp_path / 'masks' / 'train'} have {said} of 4, and all else is ignored: "
+    warned = capsys.readouterr().err
+    assert (text in warned and warned.count("\n") == 1) if said else not warned
+
+
 def test_processes_share_a_split(root):
     data = config(root)
     seen = [[w.item() for *_, w in open_maps(data, "validation", CPU).batches(world=World(r, 2))] for r in (0, 1)]

@@ -39,6 +39,8 @@ IMAGES = ("images/{}", "{}/images")
 MAPS = ("masks/{}", "labels/{}", "annotations/{}", "{}/masks", "{}/labels", "{}/annotations")
 MAP_EXTENSIONS = (".png", ".tif", ".tiff", ".bmp", ".gif", ".pgm")  # without loss
 MAP_MODES = ("1", "L", "P", "I", "I;16", "I;16B", "I;16L")
+LOOKS = 16
+"""Label maps that are looked at before a run."""
 CROPS = 11
 """Crops that are drawn at most, the first one included."""
 
@@ -261,6 +263,23 @@ class LabelMaps:
     def name(self, index: int) -> str:
         """The image's file."""
         return str(self.pairs[index][0])
+
+
+def _check_labels(maps: LabelMaps) -> None:
+    """Warn where there is one class or none: masks of 0 and 255 are common, and 255 is ignored by default."""
+    seen: set[int] = set()
+    looked = range(len(maps)) if len(maps) <= LOOKS else spread(len(maps), LOOKS)
+    for index in looked:
+        with contextlib.suppress(UnreadableImage):
+            seen.update(maps.labels(index).unique().tolist())
+    classes = seen - {maps.ignore}
+    if seen and len(classes) < min(2, maps.num_classes):
+        only = f"no class but {min(classes)}" if classes else "no class"
+        print_warning(
+            f"{len(looked)} label maps in {maps.pairs[0][1].parent} have {only} of {maps.num_classes}, and all else is "
+            f"ignored: look at their values, at segmentation.ignore_label, which is {maps.ignore}, and at "
+            "segmentation.reduce_zero_label"
+        )
 
 
 # ---- transforms
@@ -511,6 +530,8 @@ class MaskData(IndexedData):
         self.input_size, self.format = prepared["input_size"], _format(config)
         warn = print_warning if world.rank == 0 else lambda text: None
         train, test = (LabelMaps(pair(*folder, warn), config, self.num_classes, _mode(prepared)) for folder in folders)
+        if world.rank == 0:
+            _check_labels(train)
         transforms = TrainTransform(config, prepared), HeldOutTransform(prepared)
         images = KeyedImages(train, test, *transforms, blank(prepared, train), config.seed)
         super().__init__(config, device, world, images, collate, test_batch=1)
