@@ -288,12 +288,20 @@ def test_images_without_objects(root, tmp_path):
         coco.CocoData(small(tmp_path / "coco"), CPU)
 
 
+TURNED = Image.Exif()
+TURNED[0x112] = 6
+
+
 @pytest.mark.parametrize(
     "spoil, reason",
     [
         (lambda file: file.write_bytes(file.read_bytes()[:300]), "truncated|Truncated|broken|incomplete"),
         (lambda file: file.write_text("no"), "^not an image$"),
         (lambda file: Image.new("RGB", (5, 7)).save(file), "^it has 5x7 pixels, expected .*instances_.*.json says$"),
+        (
+            lambda file: Image.new("RGB", (5, 7)).save(file, exif=TURNED),
+            r"says \(its EXIF orientation, 6, is left aside",
+        ),
         (lambda file: file.unlink(), "No such file"),
     ],
 )

@@ -357,6 +357,9 @@ def test_bad_files(tmp_path, capsys):
     labels[0, 0] = 77
     Image.fromarray(labels).save(root / "masks" / "train" / "04.png")
     (root / "masks" / "train" / "05.png").unlink()
+    turned = Image.Exif()
+    turned[0x112] = 8
+    Image.open(root / "images" / "train" / "02.png").save(root / "images" / "train" / "02.png", exif=turned)
     (root / "masks" / "val" / "02.png").write_bytes(b"")
     data = MaskData(config(root), CPU)
     assert capsys.readouterr().err.count("mpvg: warning") == 1
@@ -367,6 +370,7 @@ def test_bad_files(tmp_path, capsys):
     assert reasons.keys() == {f"{i:02}.png" for i in range(5)}
     assert reasons["00.png"] == "not an image"
     assert f"label map {root / 'masks' / 'train' / '01.png'}: " in reasons["01.png"]
+    assert reasons["02.png"].endswith("as its image has (its EXIF orientation, 8, is left aside: save it turned)")
     assert "has 3x4 pixels, expected" in reasons["02.png"] and "is an image of colours" in reasons["03.png"]
     assert (
         f"{root / 'masks' / 'train' / '04.png'} has the label 77, expected at most 3 for the 4 classes"

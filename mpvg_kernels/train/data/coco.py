@@ -45,7 +45,7 @@ from ..run_folder import print_warning
 from .base import Batch
 from .dense import LoadedSplit, collate_lists, resized, spread, to_device
 from .evaluation import SPLITS as SPLIT_FIELDS
-from .images import IndexedData, KeyedImages, UnreadableImage, decode, unreadable
+from .images import IndexedData, KeyedImages, UnreadableImage, decode, turned, unreadable
 from .sources import SPLITS, preprocessing
 
 LEAST_SIDE = 1.0
@@ -459,6 +459,7 @@ class CocoSource:
         if pixels.size != (width, height):
             raise UnreadableImage(
                 f"it has {pixels.width}x{pixels.height} pixels, expected {width}x{height} as {self.coco.file} says"
+                f"{turned(pixels)}"
             )
         return pixels
 

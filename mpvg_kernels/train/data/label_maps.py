@@ -32,7 +32,7 @@ from ..run_folder import print_warning
 from .base import Batch
 from .dense import LoadedSplit, resized, spread
 from .evaluation import SPLITS as SPLIT_FIELDS
-from .images import IndexedData, KeyedImages, Sample, UnreadableImage, decode, unreadable
+from .images import IndexedData, KeyedImages, Sample, UnreadableImage, decode, turned, unreadable
 from .sources import EXTENSIONS, SPLITS, preprocessing
 
 IMAGES = ("images/{}", "{}/images")
@@ -231,7 +231,7 @@ class LabelMaps:
         if (size := (labels.shape[2], labels.shape[1])) != image.size:
             raise UnreadableImage(
                 f"the label map {self.pairs[index][1]} has {size[0]}x{size[1]} pixels, expected {image.size[0]}x"
-                f"{image.size[1]} as its image has"
+                f"{image.size[1]} as its image has{turned(image)}"
             )
         return image, labels
 
