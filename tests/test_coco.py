@@ -109,7 +109,7 @@ def test_images_that_are_not_there(root, tmp_path):
     "text, message",
     [
         ("{", "can't be read .no JSON: "),
-        ("[]", "has no list images and annotations and categories; expected annotations in COCO's format"),
+        ("\ufeff[]", "has no list images and annotations and categories; expected annotations in COCO's format"),
         ('{"images": [], "categories": [{"id": 1, "name": "a"}]}', "has no list annotations;"),
         ('{"images": [], "annotations": [], "categories": []}', "has no categories"),
         ('{"images": [], "annotations": [], "categories": [{"id": 1, "name": "a"}]}', "lists no images"),
@@ -119,7 +119,7 @@ def test_images_that_are_not_there(root, tmp_path):
         ),
         (
             '{"images": [], "annotations": [], "categories": [{"id": 1, "name": "a"}, {"id": 2, "name": "a"}]}',
-            "has categories that share an id or a name",
+            r"has categories that share an id or a name, expected each once: \[1, 'a'\], \[2, 'a'\]",
         ),
     ],
 )
@@ -201,6 +201,7 @@ SHAPELESS = "objects without a mask, whose box is taken for it"
         (make("segmentation", RLE_OF_OTHERS), "masks of another size than their image", -1, -1),
         (lambda c: first(c).pop("segmentation") and None, SHAPELESS, 0, 0),
         (lambda c: first(c).pop("area") and None, None, 0, 0),
+        (make("area", 10**400), None, 0, 0),
         (lambda c: c["annotations"].append("nothing"), "annotations without image_id, category_id or a box", 0, 0),
         (lambda c: c["images"].append({"id": 9}), "images without id, file_name, width or height", 0, 0),
         (
@@ -211,6 +212,22 @@ SHAPELESS = "objects without a mask, whose box is taken for it"
         ),
         (lambda c: c["images"][0].update(height=float(c["images"][0]["height"])), None, 0, 0),
         (lambda c: c["images"].append(c["images"][0]), "images with the id of another", 0, 0),
+        *(
+            (lambda c, value=value: c["images"].append({**c["images"][0], "id": 9} | value), said, 0, 0)
+            for value, said in [
+                ({"id": 2**63}, "images without id"),
+                ({"width": 10**30}, "images without id"),
+                ({"width": 1e308}, "images without id"),
+                ({"file_name": "a\0/b.png"}, "images that are not in"),
+                ({"file_name": "\ud800/b.png"}, "images that are not in"),
+            ]
+        ),
+        (
+            lambda c: c["images"].insert(0, {**c["images"][0], "id": 9, "file_name": "x" * 300}),
+            "images that are not",
+            0,
+            0,
+        ),
         (
             lambda c: c["images"].append({**c["images"][0], "id": 9, "file_name": "no.png"}),
             "images that are not in",
@@ -271,12 +288,20 @@ def test_images_without_objects(root, tmp_path):
         coco.CocoData(small(tmp_path / "coco"), CPU)
 
 
+TURNED = Image.Exif()
+TURNED[0x112] = 6
+
+
 @pytest.mark.parametrize(
     "spoil, reason",
     [
         (lambda file: file.write_bytes(file.read_bytes()[:300]), "truncated|Truncated|broken|incomplete"),
         (lambda file: file.write_text("no"), "^not an image$"),
         (lambda file: Image.new("RGB", (5, 7)).save(file), "^it has 5x7 pixels, expected .*instances_.*.json says$"),
+        (
+            lambda file: Image.new("RGB", (5, 7)).save(file, exif=TURNED),
+            r"says \(its EXIF orientation, 6, is left aside",
+        ),
         (lambda file: file.unlink(), "No such file"),
     ],
 )

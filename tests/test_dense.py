@@ -3,6 +3,7 @@
 import json
 import logging
 import re
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -11,6 +12,8 @@ from dense_models import ADAPTER, HEADS, small
 from timm.optim import param_groups_layer_decay
 
 from mpvg_kernels.models import MaskRCNN, UperNet, create_dense
+from mpvg_kernels.train.config import Config, from_args
+from mpvg_kernels.train.model import create_dense_model
 
 TASKS = ("segmentation", "detection")
 
@@ -234,3 +237,16 @@ def test_weights_of_a_dense_model(task, tmp_path, caplog):
         ValueError, match=rf"model.pth: these weights are of another model than this {type(wider).__name__}"
     ):
         wider.load_weights(tmp_path / "model.pth")
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_weights_of_a_classification_model_of_timm(task, tmp_path):
+    """As the trainer loads them into timm's wrapper for feature maps."""
+    given = timm.create_model("resnet18").state_dict()
+    torch.save(given, tmp_path / "resnet.pth")
+    fields = ("--task", task, "--model.name", "resnet18", "--model.scheme", "None")
+    config = from_args(Config(), [*fields, "--model.weights", str(tmp_path / "resnet.pth")])
+    data = SimpleNamespace(input_size=(3, 64, 64), num_classes=4, preprocessing={})
+    model = create_dense_model(config, data, head_args=HEADS[task])
+    found = model.trunk.state_dict()
+    assert found and all(torch.equal(value, given[name]) for name, value in found.items())

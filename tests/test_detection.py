@@ -276,7 +276,7 @@ def test_measure(root):
     measured = task.evaluate(oracle, data, World(), CPU, lambda: None)
     assert measured == {figure.key: 0.0 for figure in task.figures.evaluated} | {"images": 5}
     data.test_split.source.coco.names[:] = ["gone.png"] * 5
-    with pytest.raises(TrainingError, match="no image of .*val2017 could be read"):
+    with pytest.raises(TrainingError, match=r"no image of .*val2017 could be read: .*val2017/gone.png .+"):
         task.measure(oracle, data.test_split, World(), CPU)
 
 

@@ -99,6 +99,16 @@ def test_ade20k_names(tmp_path):
     (tmp_path / "classes.txt").write_text("a\na\n")
     with pytest.raises(InputError, match="has the name 'a' twice"):
         class_names(tmp_path)
+    (tmp_path / "classes.txt").write_bytes(b"\xef\xbb\xbfa\nb")  # as Windows writes it
+    assert class_names(tmp_path) == ["a", "b"]
+    (tmp_path / "classes.txt").write_bytes(b"caf\xe9\n")
+    with pytest.raises(InputError, match="classes.txt can't be read .*, expected a class's name on each line"):
+        class_names(tmp_path)
+    (tmp_path / "classes.txt").unlink()
+    for broken in (b"", b"\xff", "\n".join([*rows, "3"]).encode()):
+        (tmp_path / "objectInfo150.txt").write_bytes(broken)
+        with pytest.raises(InputError, match="objectInfo150.txt can't be read, expected ADE20K's table"):
+            class_names(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -182,6 +192,10 @@ def test_kinds_of_label_maps(tmp_path):
     assert read(path).tolist() == [[[0, 1, 2, 3]]]
     grey_png(path, 1, [bytes([0b01010000])], 4)
     assert read(path).tolist() == [[[0, 1, 0, 1]]]
+    for most, values in ((4, bytes([0, 1, 4])), (254, bytes([200, 1, 254])), (1000, b"\0\3\1\x2c\3\xe8")):
+        path.write_bytes(b"P5 3 1 %d\n" % most + values)  # its values are those of the file, though Pillow scales them
+        depth = np.uint8 if most < 256 else ">u2"
+        assert read(path, 1001, ignore_label=65535).tolist() == [[np.frombuffer(values, depth).tolist()]]
 
 
 def test_reduce_zero_label(tmp_path):
@@ -343,6 +357,9 @@ def test_bad_files(tmp_path, capsys):
     labels[0, 0] = 77
     Image.fromarray(labels).save(root / "masks" / "train" / "04.png")
     (root / "masks" / "train" / "05.png").unlink()
+    turned = Image.Exif()
+    turned[0x112] = 8
+    Image.open(root / "images" / "train" / "02.png").save(root / "images" / "train" / "02.png", exif=turned)
     (root / "masks" / "val" / "02.png").write_bytes(b"")
     data = MaskData(config(root), CPU)
     assert capsys.readouterr().err.count("mpvg: warning") == 1
@@ -353,6 +370,7 @@ def test_bad_files(tmp_path, capsys):
     assert reasons.keys() == {f"{i:02}.png" for i in range(5)}
     assert reasons["00.png"] == "not an image"
     assert f"label map {root / 'masks' / 'train' / '01.png'}: " in reasons["01.png"]
+    assert reasons["02.png"].endswith("as its image has (its EXIF orientation, 8, is left aside: save it turned)")
     assert "has 3x4 pixels, expected" in reasons["02.png"] and "is an image of colours" in reasons["03.png"]
     assert (
         f"{root / 'masks' / 'train' / '04.png'} has the label 77, expected at most 3 for the 4 classes"
@@ -368,6 +386,20 @@ def test_bad_files(tmp_path, capsys):
     strict = config(root, max_bad_share=0.1)
     with pytest.raises(TrainingError, match="of the 11 training images .* are known to be unreadable"):
         list(MaskData(strict, CPU).train_batches(1))
+
+
+@pytest.mark.parametrize(("values", "said"), [((0, 255), "no class but 0"), ((255,), "no class"), ((0, 1), None)])
+def test_masks_of_0_and_255_are_warned_of(tmp_path, capsys, values, said):
+    """All of the object would be ignored, and a model that finds none has an IoU of 100 %."""
+    make(tmp_path, 4, 2)
+    for file in (tmp_path / "masks" / "train").iterdir():
+        labels = np.asarray(Image.open(file))
+        Image.fromarray(np.array(values, np.uint8)[(labels > 1) % len(values)]).save(file)
+    (tmp_path / "masks" / "train" / "03.png").write_bytes(b"")  # which is no matter of this look
+    MaskData(config(tmp_path), CPU)
+    text = f"mpvg: warning: 4 label maps in {tmp_path / 'masks' / 'train'} have {said} of 4, and all else is ignored: "
+    warned = capsys.readouterr().err
+    assert (text in warned and warned.count("\n") == 1) if said else not warned
 
 
 def test_processes_share_a_split(root):

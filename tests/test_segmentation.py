@@ -190,7 +190,7 @@ def test_without_windows_and_classes_that_never_occur(root):
 
 
 def test_no_held_out_image(trainer):
-    with pytest.raises(TrainingError, match="no held-out image could be read"):
+    with pytest.raises(TrainingError, match="no image that was to be evaluated could be read: .*"):
         trainer.task.measure(trainer.model.eval(), trainer.data.test_split, World(), CPU, indices=[2])
 
 

@@ -267,7 +267,7 @@ def _trained_at(model: nn.Module, source: Path, name: str) -> Iterator[None]:
         size = noted.get("model_args", {}).get("img_size") or noted["pretrained_cfg"]["input_size"][1:]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):  # none, or another program's
         size = (get_pretrained_cfg(name) or get_pretrained_cfg("vit_base_patch16_224")).input_size[1:]
-    before = model.pretrained_model_args
+    before = getattr(model, "pretrained_model_args", {})  # timm's wrapper for feature maps has none
     model.pretrained_model_args = {**before, "img_size": tuple(size) if isinstance(size, list) else size}
     try:
         yield

@@ -45,7 +45,7 @@ from ..run_folder import print_warning
 from .base import Batch
 from .dense import LoadedSplit, collate_lists, resized, spread, to_device
 from .evaluation import SPLITS as SPLIT_FIELDS
-from .images import IndexedData, KeyedImages, UnreadableImage, decode, unreadable
+from .images import IndexedData, KeyedImages, UnreadableImage, decode, turned, unreadable
 from .sources import SPLITS, preprocessing
 
 LEAST_SIDE = 1.0
@@ -54,6 +54,8 @@ YEARS = ("2017", "2014", "")
 EXAMPLES = 3
 """Examples of a kind in a warning."""
 NO_MASK = pickle.dumps(None)
+LARGEST = 2**63 - 1
+"""Of an id, a side and an area."""
 
 
 # ---- the file
@@ -108,7 +110,10 @@ class Coco:
         except (TypeError, KeyError):
             raise InputError(f"{self.file} has a category without a number as id or a name: {categories[:3]}") from None
         if len(set(names.values())) < len(categories):
-            raise InputError(f"{self.file} has categories that share an id or a name, expected each once")
+            found = sorted(str([each["id"], each["name"]]) for each in categories)
+            raise InputError(
+                f"{self.file} has categories that share an id or a name, expected each once: {some(found)}"
+            )
         self.category_ids = sorted(names)
         self.class_names = [names[i] for i in self.category_ids]
         if not names:
@@ -120,7 +125,8 @@ class Coco:
         for each in images:
             try:
                 key, name, sides = each["id"], each["file_name"], (each["height"], each["width"])
-                whole = isinstance(key, int) and isinstance(name, str) and all(int(side) == side >= 1 for side in sides)
+                whole = isinstance(key, int) and isinstance(name, str) and abs(key) <= LARGEST
+                whole = whole and all(int(side) == side and 1 <= side <= LARGEST for side in sides)
             except (TypeError, KeyError, ValueError, OverflowError):
                 whole = False
             if not whole:
@@ -146,7 +152,7 @@ class Coco:
         if not names:
             raise InputError(f"{self.file} lists no images with id, file_name, width and height")
         for folder in folders:
-            if any((folder / name).is_file() for name in names[:100]):
+            if any(os.path.isfile(folder / name) for name in names[:100]):  # False for what can be no name at all
                 return folder
         for folder in folders:  # only some of them are there
             if _present(folder, names):
@@ -205,7 +211,7 @@ class Coco:
             crowds.append(crowd)
             trained.append(fits and not crowd)
             boxes.extend((x, y, w, h))
-            areas.append(area if isinstance(area, int | float) else math.nan)
+            areas.append(area if isinstance(area, int | float) and abs(area) <= LARGEST else math.nan)
             self._segmentations += packed if segmentation is found else pickle.dumps(segmentation)
             ends.append(len(self._segmentations))
         image = np.array(images, dtype=np.int64)
@@ -272,7 +278,7 @@ def _read(file: Path) -> dict[str, list]:
         InputError: it can't be read or lacks one.
     """
     try:
-        with open(file, encoding="utf-8") as text:
+        with open(file, encoding="utf-8-sig") as text:
             content = json.load(text, object_hook=_pack)
     except (OSError, ValueError, RecursionError) as error:
         said = error.strerror if isinstance(error, OSError) else f"no JSON: {error}"
@@ -297,7 +303,7 @@ def _present(folder: Path, names: Sequence[str]) -> set[str]:
     for parent in {os.path.dirname(name) for name in names}:
         try:
             found.update(os.path.join(parent, name) for name in os.listdir(folder / parent))
-        except OSError:
+        except (OSError, ValueError):  # not there, or no name that a file can have
             continue
     return found.intersection(names)
 
@@ -453,6 +459,7 @@ class CocoSource:
         if pixels.size != (width, height):
             raise UnreadableImage(
                 f"it has {pixels.width}x{pixels.height} pixels, expected {width}x{height} as {self.coco.file} says"
+                f"{turned(pixels)}"
             )
         return pixels
 

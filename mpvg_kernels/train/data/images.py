@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 from timm.data import auto_augment, create_transform
 from timm.data.readers.reader import Reader
 from torch import Tensor
@@ -64,6 +64,12 @@ def decode(file: Any, mode: str) -> Image.Image:
     image = Image.open(file)
     image.load()
     return convert(image, mode)
+
+
+def turned(image: Image.Image) -> str:
+    """The end of a sentence on an image that is of another size than its annotation."""
+    orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    return f" (its EXIF orientation, {orientation}, is left aside: save it turned)" if orientation != 1 else ""
 
 
 def convert(image: Image.Image, mode: str) -> Image.Image:

@@ -32,13 +32,15 @@ from ..run_folder import print_warning
 from .base import Batch
 from .dense import LoadedSplit, resized, spread
 from .evaluation import SPLITS as SPLIT_FIELDS
-from .images import IndexedData, KeyedImages, Sample, UnreadableImage, decode, unreadable
+from .images import IndexedData, KeyedImages, Sample, UnreadableImage, decode, turned, unreadable
 from .sources import EXTENSIONS, SPLITS, preprocessing
 
 IMAGES = ("images/{}", "{}/images")
 MAPS = ("masks/{}", "labels/{}", "annotations/{}", "{}/masks", "{}/labels", "{}/annotations")
 MAP_EXTENSIONS = (".png", ".tif", ".tiff", ".bmp", ".gif", ".pgm")  # without loss
 MAP_MODES = ("1", "L", "P", "I", "I;16", "I;16B", "I;16L")
+LOOKS = 16
+"""Label maps that are looked at before a run."""
 CROPS = 11
 """Crops that are drawn at most, the first one included."""
 
@@ -95,19 +97,25 @@ def class_names(root: Path) -> list[str] | None:
     """The classes' names that a data set has beside its images, None where it has none.
 
     Raises:
-        InputError: one comes twice.
+        InputError: it can't be read, or one comes twice.
     """
     own, ade20k = root / "classes.txt", root / "objectInfo150.txt"
     if own.is_file():
-        names = [line.strip() for line in own.read_text(encoding="utf-8").splitlines() if line.strip()]
+        try:
+            names = [line.strip() for line in own.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        except (OSError, ValueError) as error:
+            raise InputError(f"{own} can't be read ({error}), expected a class's name on each line, in UTF-8") from None
         if doubles := [name for i, name in enumerate(names) if name in names[:i]]:
             raise InputError(f"{own} has the name {doubles[0]!r} twice, expected another for each class")
         return names
     if not ade20k.is_file():
         return None
-    head, *rows = (line.split("\t") for line in ade20k.read_text(encoding="utf-8").splitlines() if line.strip())
-    column = next((i for i, title in enumerate(head) if title.strip().lower() == "name"), -1)
-    synonyms = [row[column].strip() for row in rows]
+    try:
+        head, *rows = (line.split("\t") for line in ade20k.read_text(encoding="utf-8").splitlines() if line.strip())
+        column = next((i for i, title in enumerate(head) if title.strip().lower() == "name"), -1)
+        synonyms = [row[column].strip() for row in rows]
+    except (OSError, ValueError, IndexError):
+        raise InputError(f"{ade20k} can't be read, expected ADE20K's table with the classes' names") from None
     first = [name.replace(";", ",").partition(",")[0] for name in synonyms]
     return first if len(set(first)) == len(first) else synonyms
 
@@ -223,7 +231,7 @@ class LabelMaps:
         if (size := (labels.shape[2], labels.shape[1])) != image.size:
             raise UnreadableImage(
                 f"the label map {self.pairs[index][1]} has {size[0]}x{size[1]} pixels, expected {image.size[0]}x"
-                f"{image.size[1]} as its image has"
+                f"{image.size[1]} as its image has{turned(image)}"
             )
         return image, labels
 
@@ -236,9 +244,12 @@ class LabelMaps:
         with unreadable(f"label map {path}: "), Image.open(path) as file:
             if file.mode not in MAP_MODES:
                 raise UnreadableImage(_refusal(path, file.mode))
-            # Pillow stretches grey values of 2 and 4 bits to 8.
-            stretched = {"L;2": 85, "L;4": 17}.get(str(file.tile[0][3]) if file.tile else "", 1)
-            values = np.asarray(file).astype(np.int64) // stretched
+            # Pillow stretches grey values of 2 and 4 bits to 8, and a PGM's from its largest value to 8 or 16 bits.
+            coded = file.tile[0][3] if file.tile else ""
+            most, top = {"L;2": (3, 255), "L;4": (15, 255)}.get(str(coded), (1, 1))
+            if file.format == "PPM" and isinstance(coded, tuple):
+                most, top = coded[1], 255 if file.mode == "L" else 65535
+            values = (np.asarray(file).astype(np.int64) * most + top // 2) // top
         labels = self.meaning[values.clip(0, len(self.meaning) - 1)]
         wrong = (labels < 0) | (values != values.clip(0, len(self.meaning) - 1))
         if wrong.any():
@@ -252,6 +263,23 @@ class LabelMaps:
     def name(self, index: int) -> str:
         """The image's file."""
         return str(self.pairs[index][0])
+
+
+def _check_labels(maps: LabelMaps) -> None:
+    """Warn where there is one class or none: masks of 0 and 255 are common, and 255 is ignored by default."""
+    seen: set[int] = set()
+    looked = range(len(maps)) if len(maps) <= LOOKS else spread(len(maps), LOOKS)
+    for index in looked:
+        with contextlib.suppress(UnreadableImage):
+            seen.update(maps.labels(index).unique().tolist())
+    classes = seen - {maps.ignore}
+    if seen and len(classes) < min(2, maps.num_classes):
+        only = f"no class but {min(classes)}" if classes else "no class"
+        print_warning(
+            f"{len(looked)} label maps in {maps.pairs[0][1].parent} have {only} of {maps.num_classes}, and all else is "
+            f"ignored: look at their values, at segmentation.ignore_label, which is {maps.ignore}, and at "
+            "segmentation.reduce_zero_label"
+        )
 
 
 # ---- transforms
@@ -502,6 +530,8 @@ class MaskData(IndexedData):
         self.input_size, self.format = prepared["input_size"], _format(config)
         warn = print_warning if world.rank == 0 else lambda text: None
         train, test = (LabelMaps(pair(*folder, warn), config, self.num_classes, _mode(prepared)) for folder in folders)
+        if world.rank == 0:
+            _check_labels(train)
         transforms = TrainTransform(config, prepared), HeldOutTransform(prepared)
         images = KeyedImages(train, test, *transforms, blank(prepared, train), config.seed)
         super().__init__(config, device, world, images, collate, test_batch=1)

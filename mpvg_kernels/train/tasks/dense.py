@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from .. import TrainingError
 from ..data import Data
 from ..data.dense import DenseSplit
 from ..distributed import World
@@ -77,6 +78,12 @@ class DenseTask(Task):
         """Those of `measure` on the data's held-out images, `data.max_test_images` of them, with `images`."""
         found = self.measure(model, data.test_split, world, device, indices=data.test_indices, on_batch=on_batch)
         return {figure.key: found[figure.key] for figure in self.figures.evaluated} | {"images": found["images"]}
+
+
+def none_readable(split: DenseSplit, where: str) -> TrainingError:
+    """What `measure` raises where no image could be read, with the first reason that this process knows."""
+    first = "; ".join(f"{each['file']} ({each['reason']})" for each in split.bad[:1])
+    return TrainingError(f"no image {where} could be read{first and ': '}{first}")
 
 
 def predict(model: nn.Module, image: Image.Image, device: torch.device) -> dict[str, Tensor]:

@@ -13,14 +13,14 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from .. import InputError, TrainingError, coco_metrics, distributed
+from .. import InputError, coco_metrics, distributed
 from ..data import Batch, Data
 from ..data.coco import CocoData, CocoSplit, HeldOutTransform, open_coco, prepare
 from ..data.images import convert
 from ..distributed import World
 from ..model import create_dense_model
 from .base import count_flops
-from .dense import DenseTask
+from .dense import DenseTask, none_readable
 
 STRIDE = 32
 """Images to be looked at alone are cut to multiples of it."""
@@ -92,7 +92,7 @@ class Detection(DenseTask):
         shares = distributed.gather((seen, rows), world)
         seen = sorted(image for share, _ in shares for image in share)
         if not seen:
-            raise TrainingError(f"no image of {coco.folder} could be read")
+            raise none_readable(split, f"of {coco.folder}")
         figures, results = None, []
         if world.rank == 0:
             order = {int(coco.ids[image]): i for i, image in enumerate(seen)}

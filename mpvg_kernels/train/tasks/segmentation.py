@@ -11,14 +11,14 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ...models.upernet import label_map, segmentation_loss
-from .. import InputError, TrainingError, distributed, iou
+from .. import InputError, distributed, iou
 from ..data import Batch, Data
 from ..data.images import convert
 from ..data.label_maps import LabelMapSplit, MaskData, held_out_image, open_maps, preparation
 from ..distributed import World
 from ..model import create_dense_model
 from .base import count_flops
-from .dense import DenseTask
+from .dense import DenseTask, none_readable
 
 WINDOWS = 4
 """Windows of an image that a GPU takes at once; a CPU gains nothing from more than one."""
@@ -103,7 +103,7 @@ class Segmentation(DenseTask):
         loss, pixels, images = distributed.add_up(sums, world).tolist()
         matrix = distributed.add_up(matrix, world).cpu()
         if not images:
-            raise TrainingError("no held-out image could be read: look at data.root and data.val_split")
+            raise none_readable(split, "that was to be evaluated")
         found = {"loss": loss / pixels if pixels else float("nan"), **iou.figures(matrix), "images": int(images)}
         found["confusion"] = matrix
         names = split.class_names or [f"class {label}" for label in range(classes)]
