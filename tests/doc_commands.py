@@ -253,7 +253,7 @@ def shorter(args: list[str]) -> list[str]:
     if args[0] == "train":
         recipe = args[args.index("--recipe") + 1] if "--recipe" in args else "digits"
         large = recipe not in ("digits", "vit_lite_7_4_cifar100") and "--data.img_size" not in args
-        large &= not recipe.startswith("shapes_")
+        large &= recipe in recipe_names() and not recipe.startswith("shapes_")
         return ["--smoke", *(SMALL[task_of(recipe)].split() if large else ())] if is_long(args) else []
     if args[0] == "study":
         return STUDY.split()
