@@ -243,10 +243,10 @@ def one_thread():
 
 
 @pytest.mark.parametrize(
-    "name, key, least", [("shapes_detection", "box_ap50", 35), ("shapes_segmentation", "miou", 19)]
+    "name, key, least", [("shapes_detection", "box_ap50", 30), ("shapes_segmentation", "miou", 20)]
 )
 def test_recipes_learn(written, one_thread, name, key, least):
-    """A few images within a few updates: classes, too, as knowing the background alone is a mean IoU of 13 %."""
+    """A few images within a few updates: classes, too, as knowing the background alone is a mean IoU of 12 %."""
     recipe = recipes.load(name)
     data = dataclasses.replace(recipe.data, root=str(written), workers=0, epoch_updates=60)
     sched = dataclasses.replace(recipe.sched, warmup_epochs=0, warmup_updates=4)

@@ -2,7 +2,7 @@
 
     mpvg train --recipe shapes_detection
 
-Hardware: one core of any CPU. Time: 6 min 30 s (18 img/s on one core of an AMD EPYC with AVX-512).
+Hardware: one core of any CPU. Time: 6 min 25 s (18 img/s on one core of an AMD EPYC with AVX-512).
 Accuracy on the 200 held-out scenes after the last epoch, seed 0: box AP 54.2 %, mask AP 53.1 %. Other seeds were not
 measured.
 """
